@@ -1,0 +1,713 @@
+"""What is a task, and how may it change?
+
+  submit -> pending -> assigned -> running -> completed                              the usual life
+
+  submit (later) -> scheduled --due--> pending --assign--> assigned --start--> running --complete--> completed
+                        ^                 ^                   |                   |
+                        |                 +----- release -----+-------------------+    device lost, handed back
+                        +---- fail with retries left, snooze -+-------------------+
+                                                                                  +-- fail, none left --> failed
+  cancel: scheduled, pending, assigned, running -> cancelled        requeue (by a person): failed, cancelled -> pending
+
+  scheduled   waits for its time (submitted for later, a retry, a snooze)
+  pending     waits in its lane for a device that asks
+  assigned    is in a reply to a device: one attempt, one row of af_task_assignment, one lease
+  running     its device has confirmed the start
+  completed   a report of the newest attempt was accepted          (final)
+  failed      no retry left, or poison, timeout, gave_up           (final until a person requeues it)
+  cancelled   a person took it back                                (final until a person requeues it)
+
+An attempt's (id, lease_id) is the fencing token. A report is judged: settled by this report before -> duplicate;
+unknown or cancelled -> gone; a newer attempt exists, or final by another -> stale, kept on the attempt and never
+applied; else one guarded UPDATE -> accepted. A late success of the newest attempt still counts.
+
+Every verb runs inside the writer's transaction and takes it as `tx`, which carries `now`: nothing here reads a clock.
+Only `_move` writes a task's state. SQL for reading lists lives in reads.py, what a device is in devices.py.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from schema import ACTIVE
+from transaction import Tx
+
+#                    verb       from states                                          to states
+TRANSITIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "submit":       ((),                                                 ("pending", "scheduled")),
+    "promote":      (("scheduled",),                                     ("pending",)),
+    "assign":       (("pending",),                                       ("assigned",)),
+    "start":        (("assigned", "pending", "scheduled"),               ("running",)),
+    "complete":     (("running", "assigned", "pending", "scheduled", "failed"), ("completed",)),
+    "fail":         (("running", "assigned"),                            ("scheduled", "failed")),
+    "snooze":       (("running", "assigned"),                            ("scheduled", "failed")),
+    "release":      (("running", "assigned"),                            ("pending", "scheduled", "failed")),
+    "cancel":       (("scheduled", "pending", "assigned", "running"),    ("cancelled",)),
+    "requeue":      (("failed", "cancelled"),                            ("pending",)),
+}  # fmt: skip
+STATES = ("scheduled", "pending", "assigned", "running", "completed", "failed", "cancelled")
+FINAL = ("completed", "failed", "cancelled")
+FAILED_BY_SWEEP = ("timeout", "poison", "gave_up")
+
+GRACE_SECONDS = 30.0
+"""The worker kills a task at its timeout; the master's sweep, this much later, is the backstop."""
+LOST_ON_DEVICES_LIMIT, LOST_LIMIT = 3, 5
+KEPT_ATTEMPTS = 20
+BACKOFF_LIMIT_SECONDS = 3600.0
+
+
+class NewTask(NamedTuple):
+    """A task as submitted, already validated. `task_data` is JSON text; None takes the policy's default."""
+
+    task_type: str
+    task_data: str = "{}"
+    username: str | None = None
+    app_id: str | None = None
+    start_date: str | None = None
+    end_date: str | None = None
+    priority: int = 5
+    batch: str = ""
+    unique_key: str | None = None
+    parent_id: int | None = None
+    run_at: float | None = None
+    give_up_seconds: float | None = None
+    execution_timeout: int | None = None
+    max_retry_count: int | None = None
+    required_tags: tuple[str, ...] = ()
+    pinned_device_id: str | None = None
+    prefer_device_id: str | None = None
+    requeue_if_failed: bool = False
+    max_batch_tasks: int | None = None
+
+
+class Submitted(NamedTuple):
+    """The answer to one submitted task; `status` is a task state, or batch_full or batch_cancelled with id None."""
+
+    id: int | None
+    created: bool
+    status: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a device says of one attempt; `outcome` names the verb by REPORT_VERBS."""
+
+    assignment_id: int
+    lease_id: str
+    outcome: str
+    result: str | None = None
+    error_message: str | None = None
+    error_type: str | None = None
+    log_tail: str | None = None
+    duration_seconds: float | None = None
+    progress: float | None = None
+    can_retry: bool = True
+    delay_seconds: float | None = None
+    new_tasks: tuple[NewTask, ...] = ()
+
+
+class Judged(NamedTuple):
+    """The answer to one report: accepted, duplicate, gone or stale; and what became of its new tasks."""
+
+    outcome: str
+    task_id: int | None = None
+    status: str | None = None
+    new_tasks: tuple[Submitted, ...] = ()
+
+
+class Task(NamedTuple):
+    """The part of a hot row that a verb needs to decide."""
+
+    id: int
+    task_type: str
+    status: str
+    batch: str
+    lane_id: int
+    priority: int
+    execution_timeout: int
+    max_retry_count: int
+    retry_count: int
+    lost_count: int
+    attempt_count: int
+    give_up_at: float
+    next_run_at: float | None
+    avoid_device_id: str | None
+    assigned_device_id: str | None
+    assignment_id: int | None
+    end_reason: str | None
+
+
+class Attempt(NamedTuple):
+    """The part of an assignment that a verb needs to decide."""
+
+    id: int
+    task_id: int
+    device_id: str
+    lease_id: str
+    status: str
+    started_at: float | None
+    error_type: str | None
+    late_outcome: str | None
+
+
+_TASK_SQL = f"SELECT {', '.join(Task._fields)} FROM af_crawl_tasks WHERE id = ?"
+_ATTEMPT_SQL = f"SELECT {', '.join(Attempt._fields)} FROM af_task_assignment"
+
+
+def get_task(tx: Tx, task_id: int) -> Task | None:
+    row = tx.one(_TASK_SQL, (task_id,))
+    return Task(*row) if row else None
+
+
+def get_attempt(tx: Tx, assignment_id: int) -> Attempt | None:
+    row = tx.one(_ATTEMPT_SQL + " WHERE id = ?", (assignment_id,))
+    return Attempt(*row) if row else None
+
+
+def active_attempts(tx: Tx, device_id: str) -> list[Attempt]:
+    """What this device holds by the master's books, oldest first."""
+    sql = f"{_ATTEMPT_SQL} WHERE device_id = ? AND status IN ({ACTIVE}) ORDER BY id"
+    return [Attempt(*row) for row in tx.execute(sql, (device_id,))]
+
+
+# -- the one writer of a state ------------------------------------------------------------------------------
+
+
+def _move(tx: Tx, verb: str, task: Task, to_state: str, **columns: Any) -> bool:
+    """Writes a task's state if it is still as `task` says; False means that somebody was faster."""
+    from_states, to_states = TRANSITIONS[verb]
+    assert to_state in to_states, f"{verb} does not lead to {to_state}"
+    if task.status not in from_states:
+        return False
+    assignments = "".join(f", {column} = ?" for column in columns)
+    changed = tx.execute(
+        f"UPDATE af_crawl_tasks SET status = ?, updated_at = ?{assignments}"
+        " WHERE id = ? AND status = ? AND assignment_id IS ?",
+        (to_state, tx.now, *columns.values(), task.id, task.status, task.assignment_id),
+    )
+    if changed.rowcount != 1:
+        return False
+    tx.count(task.task_type, task.batch, task.status, -1)
+    tx.count(task.task_type, task.batch, to_state, +1)
+    if task.status == "pending":
+        tx.count_lane(task.lane_id, -1)
+    if to_state == "pending":
+        tx.count_lane(task.lane_id, +1)
+    return True
+
+
+def _settle(tx: Tx, attempt: Attempt, status: str, report: Report | None = None, error_type: str | None = None) -> None:
+    """Ends an attempt; what the report says of it is kept beside it."""
+    r = report or Report(attempt.id, attempt.lease_id, status)
+    tx.execute(
+        "UPDATE af_task_assignment SET status = ?, completed_at = ?, deadline_at = NULL, duration_seconds = ?,"
+        " error_message = ?, error_type = ?, log_tail = ? WHERE id = ?",
+        (status, tx.now, r.duration_seconds, r.error_message, error_type or r.error_type, r.log_tail, attempt.id),
+    )
+
+
+# -- submit and promote --------------------------------------------------------------------------------------
+
+_INSERT_TASK = """INSERT INTO af_crawl_tasks (id, task_type, username, app_id, start_date, end_date, status, priority,
+ lane_id, batch, unique_key, parent_id, next_run_at, give_up_at, execution_timeout, max_retry_count, required_tags,
+ pinned_device_id, prefer_device_id, created_by, created_at, updated_at)
+ VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+ ON CONFLICT (batch, unique_key) WHERE unique_key IS NOT NULL DO NOTHING"""
+
+
+def submit(tx: Tx, tasks: Sequence[NewTask], created_by: str | None = None) -> list[Submitted]:
+    """Stores new tasks, in order; a known (batch, unique_key) answers with the task that has it."""
+    refused = _refused_by_batch(tx, tasks)
+    lanes = {key: _lane_id(tx, key) for key in {_lane_key(task) for task in tasks}}
+    first_id = _next_task_id(tx)
+    rows, payloads = [], []
+    for task_id, task in enumerate(tasks, first_id):
+        if task_id - first_id in refused:
+            continue
+        is_later = task.run_at is not None and task.run_at > tx.wall
+        give_up_at = (task.run_at if is_later else tx.wall) + (task.give_up_seconds or tx.policy.give_up_seconds)  # type: ignore[operator]
+        rows.append((
+            task_id, task.task_type, task.username, task.app_id, task.start_date, task.end_date,
+            "scheduled" if is_later else "pending", task.priority, lanes[_lane_key(task)], task.batch, task.unique_key,
+            task.parent_id, task.run_at if is_later else None, give_up_at,
+            task.execution_timeout or tx.policy.task_timeout,
+            tx.policy.max_retry_count if task.max_retry_count is None else task.max_retry_count,
+            json.dumps(sorted(task.required_tags)), task.pinned_device_id, task.prefer_device_id, created_by,
+            tx.now, tx.now,
+        ))  # fmt: skip
+    before = tx.connection.total_changes
+    tx.connection.executemany(_INSERT_TASK, rows)
+    created = {row[0] for row in rows}
+    if tx.connection.total_changes - before != len(rows):
+        found = tx.execute("SELECT id FROM af_crawl_tasks WHERE id >= ?", (first_id,))
+        created = {row[0] for row in found}
+    for task_id, task in enumerate(tasks, first_id):
+        if task_id in created and task.task_data != "{}":
+            payloads.append((task_id, task.task_data))
+    tx.connection.executemany("INSERT INTO af_task_payload (task_id, task_data) VALUES (?, ?)", payloads)
+    if created:
+        tx.note("task", "submit", task=min(created), count=len(created), status="pending", by=created_by)
+    return [
+        refused.get(index) or _count_submitted(tx, first_id + index, task, lanes, created)
+        for index, task in enumerate(tasks)
+    ]
+
+
+def _count_submitted(
+    tx: Tx, task_id: int, task: NewTask, lanes: dict[tuple[str, ...], int], created: set[int]
+) -> Submitted:
+    if task_id not in created:
+        return _existing(tx, task)
+    status = "scheduled" if task.run_at is not None and task.run_at > tx.wall else "pending"
+    tx.count(task.task_type, task.batch, status, +1)
+    if status == "pending":
+        tx.count_lane(lanes[_lane_key(task)], +1)
+    return Submitted(task_id, True, status)
+
+
+def _existing(tx: Tx, task: NewTask) -> Submitted:
+    found = tx.one(
+        "SELECT id, status FROM af_crawl_tasks WHERE batch = ? AND unique_key = ?", (task.batch, task.unique_key)
+    )
+    if task.requeue_if_failed and found[1] == "failed" and requeue(tx, found[0]):
+        return Submitted(found[0], False, "pending")
+    return Submitted(found[0], False, found[1])
+
+
+def _refused_by_batch(tx: Tx, tasks: Sequence[NewTask]) -> dict[int, Submitted]:
+    """Creates the batches named, and says which tasks (by index) a cancelled or full batch does not take."""
+    refused: dict[int, Submitted] = {}
+    states: dict[str, str] = {}
+    sizes: dict[str, int] = {}
+    seen: set[tuple[str, str | None]] = set()
+    for name in {task.batch for task in tasks if task.batch}:
+        tx.execute("INSERT INTO af_batch (name, created_at) VALUES (?, ?) ON CONFLICT DO NOTHING", (name, tx.now))
+        states[name] = tx.one("SELECT state FROM af_batch WHERE name = ?", (name,))[0]
+    for index, task in enumerate(tasks):
+        if states.get(task.batch) == "cancelled":
+            refused[index] = Submitted(None, False, "batch_cancelled")
+        elif task.max_batch_tasks is not None and task.batch:
+            if (task.batch, task.unique_key) in seen or _is_known(tx, task):
+                continue
+            if task.batch not in sizes:
+                sizes[task.batch] = batch_size(tx, task.batch)
+            if sizes[task.batch] >= task.max_batch_tasks:
+                refused[index] = Submitted(None, False, "batch_full")
+                continue
+            sizes[task.batch] += 1
+            if task.unique_key is not None:
+                seen.add((task.batch, task.unique_key))
+    return refused
+
+
+def _is_known(tx: Tx, task: NewTask) -> bool:
+    sql = "SELECT 1 FROM af_crawl_tasks WHERE batch = ? AND unique_key = ?"
+    return task.unique_key is not None and tx.one(sql, (task.batch, task.unique_key)) is not None
+
+
+def batch_size(tx: Tx, batch: str) -> int:
+    """How many kept tasks the batch has, in every state; exact also in the middle of a transaction."""
+    total: int = tx.one("SELECT COALESCE(SUM(n), 0) FROM af_count WHERE scope = 'batch' AND name = ?", (batch,))[0]
+    return total + sum(n for (scope, name, _), n in tx._counts.items() if scope == "batch" and name == batch)
+
+
+def _next_task_id(tx: Tx) -> int:
+    row = tx.one("SELECT seq FROM sqlite_sequence WHERE name = 'af_crawl_tasks'")
+    return (row[0] if row else 0) + 1
+
+
+def _lane_key(task: NewTask) -> tuple[str, ...]:
+    tags = json.dumps(sorted(task.required_tags))
+    return task.task_type, tags, task.pinned_device_id or "", task.prefer_device_id or "", task.batch
+
+
+def _lane_id(tx: Tx, key: tuple[str, ...]) -> int:
+    """The lane of tasks that may go to the same places; made when the first of them comes."""
+    names = "task_type, required_tags, pinned_device_id, prefer_device_id, batch"
+    tx.execute(f"INSERT INTO af_lane ({names}) VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING", key)
+    sql = (
+        "SELECT id FROM af_lane WHERE task_type = ? AND required_tags = ? AND pinned_device_id = ?"
+        " AND prefer_device_id = ? AND batch = ?"
+    )
+    found: int = tx.one(sql, key)[0]
+    return found
+
+
+def promote(tx: Tx, limit: int = 1000) -> int:
+    """Scheduled tasks that are due become pending; at most `limit` a call, soonest first. Returns how many."""
+    due = tx.execute(
+        f"SELECT {', '.join(Task._fields)} FROM af_crawl_tasks"
+        " WHERE status = 'scheduled' AND next_run_at <= ? ORDER BY next_run_at LIMIT ?",
+        (tx.wall, limit),
+    )
+    tasks = [Task(*row) for row in due.fetchall()]
+    for task in tasks:
+        _move(tx, "promote", task, "pending", next_run_at=None)
+        tx.note("task", "promote", task=task.id, status="pending")
+    return len(tasks)
+
+
+# -- one attempt: assign, start, complete, fail, snooze, release ---------------------------------------------
+
+
+class Assigned(NamedTuple):
+    assignment_id: int
+    lease_id: str
+    attempt: int
+
+
+def assign(tx: Tx, task: Task, device_id: str, *, pull_seq: int | None, is_delivered: bool) -> Assigned | None:
+    """Gives a pending task to a device: a new attempt with a new lease. None if it is no longer pending."""
+    if task.status != "pending":
+        return None
+    lease_id = secrets.token_hex(16)
+    deadline_at = tx.now + task.execution_timeout + GRACE_SECONDS
+    inserted = tx.execute(
+        "INSERT INTO af_task_assignment (task_id, device_id, lease_id, pull_seq, assigned_at, delivered_at,"
+        " deadline_at) VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (task.id, device_id, lease_id, pull_seq, tx.now, tx.now if is_delivered else None, deadline_at),
+    )
+    assignment_id = inserted.lastrowid
+    assert assignment_id is not None
+    attempt = task.attempt_count + 1
+    if not _move(
+        tx, "assign", task, "assigned",
+        assigned_device_id=device_id, assignment_id=assignment_id, attempt_count=attempt,
+    ):  # fmt: skip
+        tx.execute("DELETE FROM af_task_assignment WHERE id = ?", (assignment_id,))
+        return None
+    if attempt > KEPT_ATTEMPTS:
+        _drop_oldest_attempts(tx, task.id)
+    tx.note("task", "assign", task=task.id, device=device_id, attempt=attempt, status="assigned")
+    return Assigned(assignment_id, lease_id, attempt)
+
+
+def _drop_oldest_attempts(tx: Tx, task_id: int) -> None:
+    tx.execute(
+        "DELETE FROM af_task_assignment WHERE task_id = ? AND id NOT IN"
+        " (SELECT id FROM af_task_assignment WHERE task_id = ? ORDER BY id DESC LIMIT ?)",
+        (task_id, task_id, KEPT_ATTEMPTS),
+    )
+
+
+def apply_report(tx: Tx, device_id: str, report: Report) -> Judged:
+    """Judges one report by the rules on the first screen and, if it is accepted, applies its verb."""
+    attempt = get_attempt(tx, report.assignment_id)
+    if attempt is None or attempt.device_id != device_id:
+        return Judged("gone")
+    task = get_task(tx, attempt.task_id)
+    if task is None:
+        return Judged("gone")
+    if attempt.lease_id != report.lease_id:
+        return Judged("stale", task.id, task.status)
+    if _is_settled_by_report(attempt, report):
+        return Judged("duplicate", task.id, task.status)
+    if task.status == "cancelled":
+        return Judged("gone", task.id, task.status)
+    if task.assignment_id != attempt.id or _is_final_by_another(task):
+        _keep_late(tx, attempt, report)
+        return Judged("stale", task.id, task.status)
+    return REPORT_VERBS[report.outcome](tx, task, attempt, report)
+
+
+def _is_settled_by_report(attempt: Attempt, report: Report) -> bool:
+    if attempt.late_outcome is not None or attempt.status in ("completed", "failed", "snoozed"):
+        return True
+    if report.outcome == "running":
+        return attempt.status == "running"
+    return report.outcome == "released" and attempt.status == "released"
+
+
+def _is_final_by_another(task: Task) -> bool:
+    """Final, and not merely because a sweep gave it up while its device was away."""
+    return task.status == "completed" or (task.status == "failed" and task.end_reason not in FAILED_BY_SWEEP)
+
+
+def _keep_late(tx: Tx, attempt: Attempt, report: Report) -> None:
+    if report.outcome != "running":
+        sql = "UPDATE af_task_assignment SET late_outcome = ?, late_at = ? WHERE id = ?"
+        tx.execute(sql, (report.outcome, tx.now, attempt.id))
+
+
+def start(tx: Tx, task: Task, attempt: Attempt, report: Report) -> Judged:
+    """The device has begun; this also re-adopts a task that went back while its device was away."""
+    if not _move(
+        tx, "start", task, "running",
+        assigned_device_id=attempt.device_id, started_at=tx.now, next_run_at=None,
+    ):  # fmt: skip
+        return Judged("stale", task.id, task.status)
+    tx.execute(
+        "UPDATE af_task_assignment SET status = 'running', started_at = ?, delivered_at = COALESCE(delivered_at, ?),"
+        " completed_at = NULL, error_type = NULL, deadline_at = ?, progress = ? WHERE id = ?",
+        (tx.now, tx.now, tx.now + task.execution_timeout + GRACE_SECONDS, report.progress, attempt.id),
+    )
+    if attempt.error_type == "lost":
+        tx.execute("UPDATE af_crawl_tasks SET lost_count = lost_count - 1 WHERE id = ?", (task.id,))
+    tx.note("task", "start", task=task.id, device=attempt.device_id, attempt=task.attempt_count, status="running")
+    return Judged("accepted", task.id, "running")
+
+
+def complete(tx: Tx, task: Task, attempt: Attempt, report: Report) -> Judged:
+    """The result counts, with the tasks it found, in one transaction; a late one of the newest attempt too."""
+    if not _move(
+        tx, "complete", task, "completed",
+        finished_at=tx.now, started_at=attempt.started_at or tx.now - (report.duration_seconds or 0.0),
+        assigned_device_id=attempt.device_id, next_run_at=None, end_reason=None, error_message=None,
+    ):  # fmt: skip
+        return Judged("stale", task.id, task.status)
+    is_late = attempt.status not in ("assigned", "running")
+    if is_late:
+        _keep_late(tx, attempt, report)
+    _settle(tx, attempt, "completed", report)
+    if report.result is not None:
+        sql = "INSERT OR REPLACE INTO af_task_result (task_id, result) VALUES (?, ?)"
+        tx.execute(sql, (task.id, report.result))
+    tx.execute(
+        "UPDATE af_device SET completed_count = completed_count + 1, consecutive_failures = 0, last_finished_at = ?,"
+        " total_duration_seconds = total_duration_seconds + ? WHERE device_id = ?",
+        (tx.now, report.duration_seconds or 0.0, attempt.device_id),
+    )
+    tx.count_minute(task.task_type, attempt.device_id, "completed", report.duration_seconds or 0.0)
+    tx.note("task", "complete", task=task.id, device=attempt.device_id, attempt=task.attempt_count, late=is_late,
+            status="completed")  # fmt: skip
+    new_tasks = submit(tx, report.new_tasks, created_by=f"task {task.id}") if report.new_tasks else []
+    return Judged("accepted", task.id, "completed", tuple(new_tasks))
+
+
+def fail(tx: Tx, task: Task, attempt: Attempt, report: Report) -> Judged:
+    """The device reported an error: a retry with backoff while some are left, else failed."""
+    if attempt.status not in ("assigned", "running"):
+        return _turn_loss_into_retry(tx, task, attempt, report)
+    moved_to = _retry_or_fail(tx, "fail", task, attempt, report, reason="failed")
+    if moved_to is None:
+        return Judged("stale", task.id, task.status)
+    _settle(tx, attempt, "failed", report)
+    tx.execute(
+        "UPDATE af_device SET failed_count = failed_count + 1, consecutive_failures = consecutive_failures + 1,"
+        " last_finished_at = ? WHERE device_id = ?",
+        (tx.now, attempt.device_id),
+    )
+    tx.count_minute(task.task_type, attempt.device_id, "failed", report.duration_seconds or 0.0)
+    tx.note("task", "fail", task=task.id, device=attempt.device_id, attempt=task.attempt_count, status=moved_to,
+            error=report.error_message)  # fmt: skip
+    return Judged("accepted", task.id, moved_to)
+
+
+def _retry_or_fail(tx: Tx, verb: str, task: Task, attempt: Attempt, report: Report, *, reason: str) -> str | None:
+    """Uses up one retry; returns the state that the task went to, or None if it was no longer active."""
+    error = report.error_message
+    if report.can_retry and task.retry_count < task.max_retry_count:
+        delay = report.delay_seconds
+        if delay is None:
+            delay = backoff_seconds(task.retry_count + 1, tx.policy.retry_backoff_seconds, tx.rng)
+        if tx.wall + delay <= task.give_up_at:
+            moved = _move(
+                tx, verb, task, "scheduled", next_run_at=tx.wall + delay, retry_count=task.retry_count + 1,
+                avoid_device_id=attempt.device_id, assigned_device_id=None, error_message=error,
+            )  # fmt: skip
+            return "scheduled" if moved else None
+        reason = "gave_up"
+    moved = _move(tx, verb, task, "failed", finished_at=tx.now, end_reason=reason, error_message=error)
+    return "failed" if moved else None
+
+
+def backoff_seconds(retry: int, first_seconds: float, rng: random.Random) -> float:
+    """The wait before the n-th retry: with 15 s first 15, 30, 60, 120 s …, at most 1 h, plus up to a quarter."""
+    return min(first_seconds * 2.0 ** min(retry - 1, 30), BACKOFF_LIMIT_SECONDS) * (1 + rng.random() / 4)
+
+
+def _turn_loss_into_retry(tx: Tx, task: Task, attempt: Attempt, report: Report) -> Judged:
+    """A late fail or snooze moves nothing; a loss that was counted turns out to be an ordinary retry."""
+    _keep_late(tx, attempt, report)
+    if report.outcome == "failed" and attempt.error_type == "lost":
+        tx.execute(
+            "UPDATE af_crawl_tasks SET lost_count = lost_count - 1, retry_count = retry_count + 1 WHERE id = ?",
+            (task.id,),
+        )
+    return Judged("accepted", task.id, task.status)
+
+
+def snooze(tx: Tx, task: Task, attempt: Attempt, report: Report) -> Judged:
+    """Not now, and nobody's fault: the task comes back after `delay_seconds`, until give_up_at."""
+    if attempt.status not in ("assigned", "running"):
+        return _turn_loss_into_retry(tx, task, attempt, report)
+    next_run_at = tx.wall + (report.delay_seconds or tx.policy.retry_backoff_seconds)
+    counted = {"error_message": report.error_message, "assigned_device_id": None}
+    if next_run_at <= task.give_up_at:
+        to_state = "scheduled"
+        moved = _move(tx, "snooze", task, to_state, next_run_at=next_run_at, **counted)
+    else:
+        to_state = "failed"
+        moved = _move(tx, "snooze", task, to_state, finished_at=tx.now, end_reason="gave_up", **counted)
+    if not moved:
+        return Judged("stale", task.id, task.status)
+    tx.execute("UPDATE af_crawl_tasks SET snooze_count = snooze_count + 1 WHERE id = ?", (task.id,))
+    _settle(tx, attempt, "snoozed", report)
+    tx.count_minute(task.task_type, attempt.device_id, "snoozed", report.duration_seconds or 0.0)
+    tx.note("task", "snooze", task=task.id, device=attempt.device_id, attempt=task.attempt_count, status=to_state,
+            error=report.error_message)  # fmt: skip
+    return Judged("accepted", task.id, to_state)
+
+
+def hand_back(tx: Tx, task: Task, attempt: Attempt, report: Report) -> Judged:
+    """The device gives the task back unfinished: no attempt is used up."""
+    moved_to = release(tx, attempt, "handed_back", report)
+    return Judged("accepted", task.id, moved_to) if moved_to else Judged("stale", task.id, task.status)
+
+
+REPORT_VERBS = {"running": start, "completed": complete, "failed": fail, "snoozed": snooze, "released": hand_back}
+
+
+def release(tx: Tx, attempt: Attempt, reason: str, report: Report | None = None) -> str | None:
+    """Takes an active attempt's task back; returns the state it went to, or None if nothing was to release.
+
+    reason: lost (its device vanished; counts if the start was confirmed), timeout (uses a retry), or one that counts
+    nowhere: handed_back, never_delivered, silent_since_start, device_removed.
+    """
+    task = get_task(tx, attempt.task_id)
+    if task is None or task.assignment_id != attempt.id or task.status not in ("assigned", "running"):
+        return None
+    if reason == "timeout":
+        text = f"not finished within {task.execution_timeout} s"
+        late = Report(attempt.id, attempt.lease_id, "failed", error_message=text, error_type="timeout")
+        moved_to = _retry_or_fail(tx, "release", task, attempt, late, reason="timeout")
+        _settle(tx, attempt, "timeout", late)
+    else:
+        if reason == "lost" and task.status != "running":
+            reason = "never_started"
+        moved_to = _release_lost(tx, task, attempt) if reason == "lost" else _release_uncounted(tx, task)
+        _settle(tx, attempt, "released", report, error_type=reason)
+    if reason in ("timeout", "lost"):
+        column = "failed_count" if reason == "timeout" else "lost_count"
+        tx.execute(f"UPDATE af_device SET {column} = {column} + 1 WHERE device_id = ?", (attempt.device_id,))
+        tx.count_minute(task.task_type, attempt.device_id, "failed" if reason == "timeout" else "lost")
+    tx.note("task", "release", task=task.id, device=attempt.device_id, attempt=task.attempt_count, reason=reason,
+            status=moved_to)  # fmt: skip
+    return moved_to
+
+
+def _release_uncounted(tx: Tx, task: Task) -> str | None:
+    return "pending" if _move(tx, "release", task, "pending", assigned_device_id=None) else None
+
+
+def _release_lost(tx: Tx, task: Task, attempt: Attempt) -> str | None:
+    """One loss more; a task that took several devices down is poison and is kept away from the rest."""
+    lost_count = task.lost_count + 1
+    sql = "SELECT DISTINCT device_id FROM af_task_assignment WHERE task_id = ? AND error_type = 'lost'"
+    devices = {row[0] for row in tx.execute(sql, (task.id,))} | {attempt.device_id}
+    if len(devices) >= LOST_ON_DEVICES_LIMIT or lost_count >= LOST_LIMIT:
+        text = f"lost {lost_count} times while running, on {', '.join(sorted(devices))}"
+        moved = _move(tx, "release", task, "failed", lost_count=lost_count, finished_at=tx.now, end_reason="poison",
+                      error_message=text)  # fmt: skip
+        return "failed" if moved else None
+    moved = _move(tx, "release", task, "pending", lost_count=lost_count, avoid_device_id=attempt.device_id,
+                  assigned_device_id=None)  # fmt: skip
+    return "pending" if moved else None
+
+
+# -- what a person asks for -----------------------------------------------------------------------------------
+
+
+def cancel(tx: Tx, task_id: int, reason: str | None = None) -> str | None:
+    """Takes a task back for good; its device hears of it at once. Returns `cancelled`, or None if it was final."""
+    task = get_task(tx, task_id)
+    if task is None or not _move(
+        tx, "cancel", task, "cancelled",
+        finished_at=tx.now, end_reason="cancelled", error_message=reason, next_run_at=None,
+    ):  # fmt: skip
+        return None
+    if task.status in ("assigned", "running"):
+        attempt = get_attempt(tx, task.assignment_id or 0)
+        if attempt is not None:
+            _settle(tx, attempt, "cancelled")
+            tx.note("device", "cancel_attempt", device=attempt.device_id, assignment=attempt.id)
+    tx.note("task", "cancel", task=task.id, status="cancelled", reason=reason)
+    return "cancelled"
+
+
+def requeue(tx: Tx, task_id: int) -> str | None:
+    """A person gives a failed or cancelled task another life: all counts start again. None if it is not final."""
+    task = get_task(tx, task_id)
+    if task is None or not _move(
+        tx, "requeue", task, "pending",
+        retry_count=0, lost_count=0, snooze_count=0, end_reason=None, error_message=None,
+        avoid_device_id=None, assigned_device_id=None, started_at=None, finished_at=None,
+        give_up_at=tx.wall + tx.policy.give_up_seconds,
+    ):  # fmt: skip
+        return None
+    sql = "UPDATE af_task_assignment SET error_type = 'lost_before_requeue' WHERE task_id = ? AND error_type = 'lost'"
+    tx.execute(sql, (task.id,))
+    tx.note("task", "requeue", task=task.id, status="pending")
+    return "pending"
+
+
+def pin(tx: Tx, task_id: int, device_id: str) -> str | None:
+    """A waiting task may only go to this device from now on. Returns its state, or None if it does not wait."""
+    row = tx.one(
+        "SELECT task_type, required_tags, batch, prefer_device_id, lane_id, status FROM af_crawl_tasks"
+        " WHERE id = ? AND status IN ('pending', 'scheduled')",
+        (task_id,),
+    )
+    if row is None:
+        return None
+    task_type, required_tags, batch, prefer_device_id, old_lane, status = row
+    lane = _lane_id(tx, (task_type, required_tags, device_id, prefer_device_id or "", batch))
+    tx.execute(
+        "UPDATE af_crawl_tasks SET pinned_device_id = ?, lane_id = ?, updated_at = ? WHERE id = ?",
+        (device_id, lane, tx.now, task_id),
+    )
+    if status == "pending":
+        tx.count_lane(old_lane, -1)
+        tx.count_lane(lane, +1)
+    tx.note("task", "pin", task=task_id, device=device_id, status=status)
+    found: str = status
+    return found
+
+
+def set_batch_state(tx: Tx, name: str, state: str, reason: str | None = None) -> bool:
+    """Opens, pauses or cancels a batch (its waiting tasks are cancelled by the caller, in chunks). False: unknown."""
+    changed = tx.execute("UPDATE af_batch SET state = ?, reason = ? WHERE name = ?", (state, reason, name))
+    if changed.rowcount:
+        tx.note("system", f"batch_{state}", batch=name, reason=reason)
+        tx.wants_dispatch = True
+    return changed.rowcount > 0
+
+
+def delete_finished(tx: Tx, finished_before: float, limit: int = 500) -> int:
+    """Retention: deletes at most `limit` finished tasks that ended before then, with all that hangs on them."""
+    rows = tx.execute(
+        "SELECT id, task_type, batch, status FROM af_crawl_tasks WHERE finished_at IS NOT NULL AND finished_at < ?"
+        " ORDER BY finished_at LIMIT ?",
+        (finished_before, limit),
+    ).fetchall()
+    ids = [(row[0],) for row in rows]
+    tx.connection.executemany("DELETE FROM af_task_payload WHERE task_id = ?", ids)
+    tx.connection.executemany("DELETE FROM af_task_result WHERE task_id = ?", ids)
+    tx.connection.executemany("DELETE FROM af_task_assignment WHERE task_id = ?", ids)
+    tx.connection.executemany("DELETE FROM af_crawl_tasks WHERE id = ?", ids)
+    for _, task_type, batch, status in rows:
+        tx.count(task_type, batch, status, -1)
+    return len(rows)
+
+
+def forget_empty_batches(tx: Tx, created_before: float) -> None:
+    """Batches of which no task is kept any more go, with their lanes and counters."""
+    empty = (
+        "SELECT name FROM af_batch WHERE created_at < ? AND NOT EXISTS (SELECT 1 FROM af_crawl_tasks"
+        " WHERE af_crawl_tasks.batch = af_batch.name AND af_crawl_tasks.batch <> '') LIMIT 100"
+    )
+    names = [row[:1] for row in tx.execute(empty, (created_before,)).fetchall()]
+    tx.connection.executemany("DELETE FROM af_lane WHERE batch = ? AND waiting = 0", names)
+    tx.connection.executemany("DELETE FROM af_count WHERE scope = 'batch' AND name = ? AND n = 0", names)
+    tx.connection.executemany("DELETE FROM af_batch WHERE name = ?", names)
+
+
+def overdue_attempts(tx: Tx, limit: int = 500) -> Iterable[Attempt]:
+    """Active attempts whose deadline has passed, longest overdue first."""
+    sql = f"{_ATTEMPT_SQL} WHERE status IN ({ACTIVE}) AND deadline_at < ? ORDER BY deadline_at LIMIT ?"
+    return [Attempt(*row) for row in tx.execute(sql, (tx.now, limit)).fetchall()]

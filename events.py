@@ -1,0 +1,102 @@
+"""What just happened, and who wants to know? The log and the event streams, fed after each commit.
+
+The log gets one line a state change (`complete task=7 device=shop-7 attempt=1`); when one commit makes many alike, one
+line for all of them. Streams get the same facts from a ring of the last RING_SIZE events, so that a browser that was
+away for a moment misses nothing. Nothing here is needed after a restart.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter, deque
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from transaction import Note
+
+log = logging.getLogger("af.events")
+
+RING_SIZE = 1000
+LINES_A_COMMIT = 20
+"""More changes of one kind than this in a commit are told in one line and one event."""
+WARNED = {"release", "device_offline", "device_conflict"}
+
+
+class Event(NamedTuple):
+    id: int
+    kind: str
+    facts: dict[str, Any]
+
+
+class Events:
+    """A ring with a bell. `hear` is a listener of the store; `follow` is one stream's view of it."""
+
+    def __init__(self) -> None:
+        self._ring: deque[Event] = deque(maxlen=RING_SIZE)
+        self._bell = threading.Condition()
+        self._last_id = 0
+        self._closed = False
+
+    def hear(self, notes: list[Note]) -> None:
+        """Logs and publishes what one commit brought."""
+        many = {key for key, n in Counter((note.kind, note.verb) for note in notes).items() if n > LINES_A_COMMIT}
+        singles = [note for note in notes if (note.kind, note.verb) not in many]
+        for note in singles:
+            _log(note.verb, note.facts)
+        summaries = [_summary(kind, verb, notes) for kind, verb in sorted(many)]
+        for summary in summaries:
+            _log(summary.verb, summary.facts)
+        with self._bell:
+            for note in [*singles, *summaries]:
+                self._last_id += 1
+                self._ring.append(Event(self._last_id, note.kind, {"verb": note.verb, **note.facts}))
+            self._bell.notify_all()
+
+    def follow(self, after_id: int | None, beat_seconds: float = 15.0) -> Iterator[Event | None]:
+        """Events after that id (None: from now on), and None every `beat_seconds` without one. Ends at `close`."""
+        last = self._last_id if after_id is None or after_id > self._last_id else after_id
+        while True:
+            with self._bell:
+                if not self._closed and self._last_id <= last:
+                    self._bell.wait(beat_seconds)
+                if self._closed:
+                    return
+                new = [event for event in self._ring if event.id > last]
+            if not new:
+                yield None
+            for event in new:
+                last = event.id
+                yield event
+
+    def close(self) -> None:
+        """Ends every stream within a moment."""
+        with self._bell:
+            self._closed = True
+            self._bell.notify_all()
+
+
+def _summary(kind: str, verb: str, notes: list[Note]) -> Note:
+    alike = [note for note in notes if note.kind == kind and note.verb == verb]
+    facts: dict[str, Any] = {"count": len(alike)}
+    for name in ("task", "device", "status"):
+        values = {note.facts[name] for note in alike if name in note.facts}
+        if name == "task" and values:
+            facts["first_task"], facts["last_task"] = min(values), max(values)
+        elif len(values) == 1:
+            facts[name] = values.pop()
+    return Note(kind, verb, facts)
+
+
+def _log(verb: str, facts: dict[str, Any]) -> None:
+    level = logging.WARNING if verb in WARNED or facts.get("status") == "failed" else logging.INFO
+    if log.isEnabledFor(level):
+        words = (f"{name}={_plain(value)}" for name, value in facts.items() if value is not None)
+        log.log(level, "%s %s", verb, " ".join(words))
+
+
+def _plain(value: Any) -> str:
+    """One line, never two: a device name or an error text must not forge a log line."""
+    text = str(value)
+    shown = text if text.isprintable() else text.encode("unicode_escape").decode()
+    return f'"{shown[:300]}"' if " " in shown or not shown else shown[:300]

@@ -1,0 +1,167 @@
+"""What happens because time passed?
+
+One thread runs the jobs of JOBS. The `schedule` library only ticks: what is due is decided by the rows, with the
+moments that the store hands to each job, so a late tick is a late tick and nothing else. A job that raises is logged
+and runs again at its next time.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import schedule
+
+import db
+import devices
+from dispatcher import Dispatcher
+from store import Store
+from transaction import Tx
+
+log = logging.getLogger("af.scheduler")
+
+TICK_SECONDS = 0.5
+PAUSE_TICKS_SECONDS = 30.0
+"""A longer gap between two ticks means that this machine slept: devices get their full time again."""
+RETURN_SECONDS = 60.0
+"""After a start or a sleep, devices get this long to come back before a deadline takes their tasks."""
+CHUNK = 500
+MINUTES_KEPT_SECONDS = 2 * 86400.0
+THINNED_AFTER_SECONDS = 3600.0
+THINNED_TO_SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class Times:
+    """How often and how long, in seconds unless the name says days; from the settings."""
+
+    dispatch_interval: float
+    timeout_check_interval: float
+    device_timeout: float
+    retention_days: float
+    heartbeat_retention_days: float
+
+
+class Scheduler:
+    """Owns the ticking thread; `start` and `stop` it."""
+
+    def __init__(self, store: Store, dispatcher: Dispatcher, presence: devices.Presence, times: Times) -> None:
+        self._store = store
+        self._dispatcher = dispatcher
+        self._presence = presence
+        self._times = times
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+        self.last_tick_at = 0.0
+        #             every (s)                      what happens
+        self.jobs: tuple[tuple[float, Callable[[Tx], object]], ...] = (
+            (times.dispatch_interval, self.dispatch),
+            (1.0, self.promote_due),
+            (times.timeout_check_interval, self.release_overdue),
+            (times.timeout_check_interval, self.release_silent),
+            (60.0, self.remember_time),
+            (300.0, self.thin_heartbeats),
+            (10.0, self.delete_finished),
+            (600.0, self.roll_up),
+        )
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout_seconds: float = 5.0) -> None:
+        self._stop.set()
+        self._thread.join(timeout_seconds)
+
+    def _run(self) -> None:
+        # Built here, because the library has no locks: one thread makes and runs the jobs.
+        clock = schedule.Scheduler()
+        for seconds, job in self.jobs:
+            clock.every(max(1, round(seconds))).seconds.do(self._run_job, job)
+        while not self._stop.wait(TICK_SECONDS):
+            self._notice_sleep()
+            clock.run_pending()
+
+    def _run_job(self, job: Callable[[Tx], object]) -> None:
+        try:
+            self._store.write(job)
+        except Exception:
+            # Caught here because a job that raises would leave the library's loop and never run again.
+            log.exception("%s failed; it runs again at its next time", job.__name__)
+
+    def _notice_sleep(self) -> None:
+        now, _ = self._store.moments()
+        if self.last_tick_at and now - self.last_tick_at > PAUSE_TICKS_SECONDS:
+            slept = now - self.last_tick_at
+            log.warning("no tick for %.0f s: this machine slept; devices get their full time again", slept)
+            self._presence.watching_since = now
+        self.last_tick_at = now
+
+    # -- the jobs, in the writer ------------------------------------------------------------------------------
+
+    def dispatch(self, tx: Tx) -> None:
+        """The safety net under the dispatch that every change sets off."""
+        tx.wants_dispatch = True
+
+    def promote_due(self, tx: Tx) -> int:
+        """Scheduled tasks whose time has come become pending; many at once are taken in chunks, a tick each."""
+        return db.promote(tx, CHUNK)
+
+    def release_overdue(self, tx: Tx) -> int:
+        """Takes back tasks that are over their time and over the worker's own time to kill them."""
+        if tx.now - self._presence.watching_since < min(RETURN_SECONDS, self._times.device_timeout):
+            return 0
+        return sum(db.release(tx, attempt, "timeout") is not None for attempt in db.overdue_attempts(tx, CHUNK))
+
+    def release_silent(self, tx: Tx) -> int:
+        """Takes back the tasks of devices that have been silent for device_timeout."""
+        return devices.release_silent(tx, self._presence, self._times.device_timeout)
+
+    def remember_time(self, tx: Tx) -> None:
+        """The next start's clock does not begin before this moment, whatever the wall says then."""
+        sql = "INSERT OR REPLACE INTO af_meta (key, value) VALUES ('last_now', ?)"
+        tx.execute(sql, (repr(tx.now),))
+
+    def thin_heartbeats(self, tx: Tx) -> None:
+        """Beats older than an hour are kept one per five minutes, and none longer than their retention."""
+        tx.execute(
+            "DELETE FROM af_device_heartbeat WHERE id IN (SELECT id FROM af_device_heartbeat WHERE heartbeat_at < ?"
+            " ORDER BY heartbeat_at LIMIT ?)",
+            (tx.now - self._times.heartbeat_retention_days * 86400.0, CHUNK * 10),
+        )
+        tx.execute(
+            "DELETE FROM af_device_heartbeat WHERE heartbeat_at BETWEEN ? AND ? AND id NOT IN"
+            " (SELECT MIN(id) FROM af_device_heartbeat WHERE heartbeat_at BETWEEN ? AND ?"
+            " GROUP BY device_id, CAST(heartbeat_at / ? AS INTEGER))",
+            (*self._thinned_span(tx), *self._thinned_span(tx), THINNED_TO_SECONDS),
+        )
+
+    @staticmethod
+    def _thinned_span(tx: Tx) -> tuple[float, float]:
+        """Whole five-minute cells that turned an hour old since the last runs; looking back twice as far is enough."""
+        newest = (tx.now - THINNED_AFTER_SECONDS) // THINNED_TO_SECONDS * THINNED_TO_SECONDS
+        return newest - 4 * THINNED_TO_SECONDS, newest - 0.001
+
+    def delete_finished(self, tx: Tx) -> int:
+        """Retention: a small batch at a time, its pages given back to the disk, emptied batches forgotten."""
+        finished_before = tx.now - self._times.retention_days * 86400.0
+        deleted = db.delete_finished(tx, finished_before, CHUNK)
+        if deleted:
+            db.forget_empty_batches(tx, finished_before)
+            tx.execute("PRAGMA incremental_vacuum(1000)").fetchall()
+        return deleted
+
+    def roll_up(self, tx: Tx) -> None:
+        """Minutes older than two days become hours; hours go with the retention of tasks."""
+        until = int(tx.now - MINUTES_KEPT_SECONDS) // 3600 * 3600
+        sums = ", ".join(f"SUM({name})" for name in ("completed", "failed", "lost", "snoozed", "duration_seconds"))
+        tx.execute(
+            "INSERT OR REPLACE INTO af_hour (hour_at, scope, name, completed, failed, lost, snoozed, duration_seconds,"
+            f" duration_max_seconds) SELECT minute_at / 3600 * 3600, scope, name, {sums}, MAX(duration_max_seconds)"
+            " FROM af_minute WHERE minute_at < ? GROUP BY minute_at / 3600, scope, name",
+            (until,),
+        )
+        tx.execute("DELETE FROM af_minute WHERE minute_at < ?", (until,))
+        kept_since = tx.now - max(self._times.retention_days, 30.0) * 86400.0
+        tx.execute("DELETE FROM af_hour WHERE hour_at < ?", (kept_since,))

@@ -1,0 +1,295 @@
+"""What tables are there, and which rows are impossible? Peewee models; every verb over them is in db.py.
+
+Moments (`*_at`) are seconds since the epoch, UTC, as REAL; durations end in `_seconds`. State changes touch the small
+hot row only: task_data and results live beside it, one to one. The partial indexes are the queues.
+"""
+
+from __future__ import annotations
+
+from peewee import (
+    SQL,
+    AutoField,
+    BooleanField,
+    Check,
+    CompositeKey,
+    DoubleField,
+    IntegerField,
+    Model,
+    Proxy,
+    SqliteDatabase,
+    TextField,
+)
+
+APPLICATION_ID = 0x41464431
+"""PRAGMA application_id of our files: "AFD1"."""
+SCHEMA_VERSION = 1
+ACTIVE = "'assigned', 'running'"
+
+database_proxy = Proxy()
+
+
+def _autoincrement() -> AutoField:
+    return AutoField(constraints=[SQL("AUTOINCREMENT")])
+
+
+class Table(Model):
+    class Meta:
+        database = database_proxy
+        legacy_table_names = False
+
+
+class CrawlTask(Table):
+    id = _autoincrement()
+    task_type = TextField()
+    username = TextField(null=True)
+    app_id = TextField(null=True)
+    start_date = TextField(null=True)
+    end_date = TextField(null=True)
+    status = TextField()
+    priority = IntegerField(default=5, constraints=[Check("priority BETWEEN 1 AND 10")])
+    lane_id = IntegerField()
+    batch = TextField(default="", constraints=[SQL("DEFAULT ''")])
+    unique_key = TextField(null=True)
+    parent_id = IntegerField(null=True)
+    next_run_at = DoubleField(null=True)
+    give_up_at = DoubleField()
+    execution_timeout = IntegerField()
+    max_retry_count = IntegerField()
+    retry_count = IntegerField(constraints=[SQL("DEFAULT 0")])
+    lost_count = IntegerField(constraints=[SQL("DEFAULT 0")])
+    snooze_count = IntegerField(constraints=[SQL("DEFAULT 0")])
+    attempt_count = IntegerField(constraints=[SQL("DEFAULT 0")])
+    required_tags = TextField(constraints=[SQL("DEFAULT '[]'")])
+    pinned_device_id = TextField(null=True)
+    prefer_device_id = TextField(null=True)
+    avoid_device_id = TextField(null=True)
+    assigned_device_id = TextField(null=True)
+    assignment_id = IntegerField(null=True)
+    end_reason = TextField(null=True)
+    error_message = TextField(null=True)
+    created_by = TextField(null=True)
+    created_at = DoubleField()
+    started_at = DoubleField(null=True)
+    finished_at = DoubleField(null=True)
+    updated_at = DoubleField()
+
+    class Meta:
+        table_name = "af_crawl_tasks"
+        constraints = [
+            Check("status IN ('scheduled', 'pending', 'assigned', 'running', 'completed', 'failed', 'cancelled')"),
+            Check("(status IN ('completed', 'failed', 'cancelled')) = (finished_at IS NOT NULL)"),
+            Check("(status = 'scheduled') = (next_run_at IS NOT NULL)"),
+            Check("status NOT IN ('assigned', 'running') OR assignment_id IS NOT NULL"),
+        ]
+
+
+class TaskPayload(Table):
+    task_id = IntegerField(primary_key=True)
+    task_data = TextField()
+
+    class Meta:
+        table_name = "af_task_payload"
+
+
+class TaskResult(Table):
+    task_id = IntegerField(primary_key=True)
+    result = TextField()
+
+    class Meta:
+        table_name = "af_task_result"
+
+
+class TaskAssignment(Table):
+    id = _autoincrement()
+    task_id = IntegerField()
+    device_id = TextField()
+    lease_id = TextField()
+    status = TextField(constraints=[SQL("DEFAULT 'assigned'")])
+    pull_seq = IntegerField(null=True)
+    assigned_at = DoubleField()
+    delivered_at = DoubleField(null=True)
+    started_at = DoubleField(null=True)
+    completed_at = DoubleField(null=True)
+    deadline_at = DoubleField(null=True)
+    duration_seconds = DoubleField(null=True)
+    progress = DoubleField(null=True)
+    error_message = TextField(null=True)
+    error_type = TextField(null=True)
+    log_tail = TextField(null=True)
+    late_outcome = TextField(null=True)
+    late_at = DoubleField(null=True)
+
+    class Meta:
+        table_name = "af_task_assignment"
+        constraints = [
+            Check(
+                "status IN ('assigned', 'running', 'completed', 'failed', 'snoozed', 'timeout', 'released',"
+                " 'cancelled')"
+            ),
+        ]
+
+
+class Device(Table):
+    device_id = TextField(primary_key=True)
+    device_name = TextField()
+    device_type = TextField(null=True)
+    ip_address = TextField(null=True)
+    wanted = TextField(constraints=[SQL("DEFAULT 'active'"), Check("wanted IN ('active', 'draining', 'disabled')")])
+    wanted_reason = TextField(null=True)
+    conflict = BooleanField(constraints=[SQL("DEFAULT 0")])
+    task_types = TextField(constraints=[SQL("DEFAULT '[]'")])
+    tags = TextField(constraints=[SQL("DEFAULT '[]'")])
+    weight = DoubleField(constraints=[SQL("DEFAULT 1")])
+    max_concurrent_tasks = IntegerField(constraints=[SQL("DEFAULT 1")])
+    boot_id = TextField(null=True)
+    recent_boots = TextField(constraints=[SQL("DEFAULT '[]'")])
+    token_hash = TextField(null=True)
+    version = TextField(null=True)
+    protocol = IntegerField(null=True)
+    last_heartbeat_at = DoubleField(null=True)
+    heartbeat_seq = IntegerField(constraints=[SQL("DEFAULT 0")])
+    cpu_usage = DoubleField(null=True)
+    memory_usage = DoubleField(null=True)
+    disk_usage = DoubleField(null=True)
+    active_tasks = IntegerField(null=True)
+    system_info = TextField(null=True)
+    last_finished_at = DoubleField(null=True)
+    registered_at = DoubleField()
+    consecutive_failures = IntegerField(constraints=[SQL("DEFAULT 0")])
+    completed_count = IntegerField(constraints=[SQL("DEFAULT 0")])
+    failed_count = IntegerField(constraints=[SQL("DEFAULT 0")])
+    lost_count = IntegerField(constraints=[SQL("DEFAULT 0")])
+    total_duration_seconds = DoubleField(constraints=[SQL("DEFAULT 0")])
+
+    class Meta:
+        table_name = "af_device"
+
+
+class DeviceHeartbeat(Table):
+    id = _autoincrement()
+    device_id = TextField()
+    heartbeat_at = DoubleField()
+    cpu_usage = DoubleField(null=True)
+    memory_usage = DoubleField(null=True)
+    disk_usage = DoubleField(null=True)
+    active_tasks = IntegerField(null=True)
+    system_info = TextField(null=True)
+
+    class Meta:
+        table_name = "af_device_heartbeat"
+
+
+class Lane(Table):
+    id = _autoincrement()
+    task_type = TextField()
+    required_tags = TextField()
+    pinned_device_id = TextField()
+    prefer_device_id = TextField()
+    batch = TextField()
+    waiting = IntegerField(constraints=[SQL("DEFAULT 0"), Check("waiting >= 0")])
+    top_priority = IntegerField(null=True)
+    paused = BooleanField(constraints=[SQL("DEFAULT 0")])
+    paused_reason = TextField(null=True)
+    closed_until = DoubleField(null=True)
+    closed_reason = TextField(null=True)
+    last_served = IntegerField(constraints=[SQL("DEFAULT 0")])
+
+    class Meta:
+        table_name = "af_lane"
+        indexes = ((("task_type", "required_tags", "pinned_device_id", "prefer_device_id", "batch"), True),)
+
+
+class Batch(Table):
+    name = TextField(primary_key=True)
+    state = TextField(constraints=[SQL("DEFAULT 'open'"), Check("state IN ('open', 'paused', 'cancelled')")])
+    reason = TextField(null=True)
+    created_at = DoubleField()
+
+    class Meta:
+        table_name = "af_batch"
+
+
+class Count(Table):
+    writer_id = IntegerField()
+    scope = TextField()
+    name = TextField()
+    state = TextField()
+    n = IntegerField()
+
+    class Meta:
+        table_name = "af_count"
+        primary_key = CompositeKey("writer_id", "scope", "name", "state")
+        without_rowid = True
+
+
+class _Rollup(Table):
+    scope = TextField()
+    name = TextField()
+    completed = IntegerField()
+    failed = IntegerField()
+    lost = IntegerField()
+    snoozed = IntegerField()
+    duration_seconds = DoubleField()
+    duration_max_seconds = DoubleField()
+
+
+class Minute(_Rollup):
+    minute_at = IntegerField()
+
+    class Meta:
+        table_name = "af_minute"
+        primary_key = CompositeKey("minute_at", "scope", "name")
+        without_rowid = True
+
+
+class Hour(_Rollup):
+    hour_at = IntegerField()
+
+    class Meta:
+        table_name = "af_hour"
+        primary_key = CompositeKey("hour_at", "scope", "name")
+        without_rowid = True
+
+
+class Meta(Table):
+    key = TextField(primary_key=True)
+    value = TextField()
+
+    class Meta:
+        table_name = "af_meta"
+
+
+TABLES = (
+    CrawlTask, TaskPayload, TaskResult, TaskAssignment, Device, DeviceHeartbeat, Lane, Batch, Count, Minute, Hour, Meta,
+)  # fmt: skip
+
+INDEXES = f"""
+CREATE INDEX task_queue ON af_crawl_tasks (lane_id, priority DESC, id) WHERE status = 'pending';
+CREATE INDEX task_due ON af_crawl_tasks (next_run_at) WHERE status = 'scheduled';
+CREATE UNIQUE INDEX task_key ON af_crawl_tasks (batch, unique_key) WHERE unique_key IS NOT NULL;
+CREATE INDEX task_batch ON af_crawl_tasks (batch, id) WHERE batch <> '';
+CREATE INDEX task_children ON af_crawl_tasks (parent_id, id) WHERE parent_id IS NOT NULL;
+CREATE INDEX task_username ON af_crawl_tasks (username, id) WHERE username IS NOT NULL;
+CREATE INDEX task_app ON af_crawl_tasks (app_id, id) WHERE app_id IS NOT NULL;
+CREATE INDEX task_finished ON af_crawl_tasks (finished_at) WHERE finished_at IS NOT NULL;
+CREATE INDEX task_failed ON af_crawl_tasks (id) WHERE status = 'failed';
+CREATE INDEX attempt_task ON af_task_assignment (task_id, id);
+CREATE UNIQUE INDEX attempt_active ON af_task_assignment (task_id) WHERE status IN ({ACTIVE});
+CREATE INDEX attempt_holder ON af_task_assignment (device_id, id) WHERE status IN ({ACTIVE});
+CREATE INDEX attempt_deadline ON af_task_assignment (deadline_at) WHERE status IN ({ACTIVE});
+CREATE INDEX attempt_device ON af_task_assignment (device_id, id);
+CREATE INDEX lane_open ON af_lane (top_priority DESC, last_served) WHERE waiting > 0;
+CREATE INDEX beat_device ON af_device_heartbeat (device_id, heartbeat_at);
+CREATE INDEX beat_age ON af_device_heartbeat (heartbeat_at);
+"""
+
+
+def create_tables(database: SqliteDatabase) -> None:
+    """Makes every table and index in one transaction, and marks the file as ours."""
+    database_proxy.initialize(database)
+    with database.atomic("IMMEDIATE"):
+        database.create_tables(TABLES, safe=False)
+        for statement in filter(None, map(str.strip, INDEXES.split(";"))):
+            database.execute_sql(statement)
+        database.execute_sql(f"PRAGMA application_id = {APPLICATION_ID}")
+        database.execute_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
