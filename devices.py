@@ -136,10 +136,14 @@ def check_device(tx: Tx, presence: Presence, device_id: str, boot_id: str | None
 
 def _refuse_conflict(device: Device) -> None:
     if device.conflict:
-        raise DeviceConflict(
-            f"{BOOTS_TO_CONFLICT} processes took over device {device.device_id} within five minutes: give each machine"
-            " its own device id, then set the device's status to active"
-        )
+        raise DeviceConflict(conflict_sentence(device.device_id))
+
+
+def conflict_sentence(device_id: str) -> str:
+    return (
+        f"{BOOTS_TO_CONFLICT} processes took over device {device_id} within five minutes: give each machine its own"
+        " device id, then set the device's status to active"
+    )
 
 
 def _hear(tx: Tx, presence: Presence, device_id: str) -> None:
@@ -181,7 +185,7 @@ def register(tx: Tx, presence: Presence, new: Registration) -> Registered:
 
 
 def _declare_conflict(tx: Tx, device_id: str, boots: Sequence[Any]) -> None:
-    """Kept, not raised: an exception would undo it. The caller asks `is_in_conflict`."""
+    """Kept, not raised: an exception would undo it. The caller sees it in the device's status."""
     tx.execute(
         "UPDATE af_device SET conflict = 1, recent_boots = ? WHERE device_id = ?", (json.dumps(boots), device_id)
     )
@@ -301,11 +305,6 @@ def _say_goodbye(tx: Tx, presence: Presence, device_id: str) -> None:
     presence.seen.pop(device_id, None)
     presence.last_beat.pop(device_id, None)
     tx.note("device", "device_offline", device=device_id, reason="stopped in good order")
-
-
-def is_in_conflict(tx: Tx, device_id: str) -> bool:
-    device = get_device(tx, device_id)
-    return device is not None and bool(device.conflict)
 
 
 def release_silent(tx: Tx, presence: Presence, device_timeout: float) -> int:

@@ -7,6 +7,7 @@ away for a moment misses nothing. Nothing here is needed after a restart.
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 from collections import Counter, deque
@@ -32,7 +33,9 @@ class Event(NamedTuple):
 class Events:
     """A ring with a bell. `hear` is a listener of the store; `follow` is one stream's view of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_streams: int = 50) -> None:
+        self._max_streams = max_streams
+        self._streams = 0
         self._ring: deque[Event] = deque(maxlen=RING_SIZE)
         self._bell = threading.Condition()
         self._last_id = 0
@@ -68,6 +71,27 @@ class Events:
             for event in new:
                 last = event.id
                 yield event
+
+    def stream(self, after_id: int | None) -> Iterator[bytes] | None:
+        """The same as server-sent events; None when max_streams are open already."""
+        with self._bell:
+            if self._streams >= self._max_streams or self._closed:
+                return None
+            self._streams += 1
+        return self._lines(after_id)
+
+    def _lines(self, after_id: int | None) -> Iterator[bytes]:
+        try:
+            yield b": hello\n\n"
+            for event in self.follow(after_id):
+                if event is None:
+                    yield b": still here\n\n"
+                else:
+                    data = json.dumps(event.facts, ensure_ascii=False)
+                    yield f"id: {event.id}\nevent: {event.kind}\ndata: {data}\n\n".encode()
+        finally:
+            with self._bell:
+                self._streams -= 1
 
     def close(self) -> None:
         """Ends every stream within a moment."""

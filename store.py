@@ -132,6 +132,16 @@ def check_database(path: Path) -> None:
         raise DatabaseRefused(f"{path} is damaged ({verdict}); restore a backup")
 
 
+def last_moment(path: Path) -> float:
+    """The last moment this database has seen, in seconds since the epoch; 0 for a new one. The clock starts after it."""
+    if not path.exists():
+        return 0.0
+    check_database(path)
+    with contextlib.closing(sqlite3.connect(f"file:{_quoted(path)}?mode=ro", uri=True)) as connection:
+        row = connection.execute("SELECT value FROM af_meta WHERE key = 'last_now'").fetchone()
+    return float(row[0]) if row else 0.0
+
+
 def backup_database(path: Path, target: Path) -> None:
     """Copies a live database page by page, syncs the copy and checks it. Raises DatabaseRefused or OSError."""
     with (

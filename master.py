@@ -1,0 +1,156 @@
+"""What does the master start, in which order?
+
+    settings -> database -> dispatch -> API -> socket -> scheduler -> serve, until a signal stops it in the same order
+
+`python master.py` runs until SIGTERM or Ctrl-C. Once it takes requests it prints one line, `ready http://HOST:PORT`,
+to standard output; its log goes to logs/distribution.log and to standard error. Exit codes: settings.ExitCode.
+"""
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["bottle==0.13.4", "granian==2.8.7", "msgspec==0.22.0", "peewee==4.5.3", "prometheus_client==0.26.0",
+#                 "schedule==1.2.2"]
+# ///
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import threading
+from pathlib import Path
+
+import settings as settings_module
+from access import Access
+from api import Api, routes
+from clock import Clock
+from devices import Presence
+from dispatcher import Dispatcher
+from events import Events
+from metrics import Metrics
+from reads import Reads
+from scheduler import Scheduler, Times
+from server import PortInUse, Server
+from settings import VERSION, ExitCode, Settings
+from store import DatabaseRefused, Store, last_moment, lock_database
+from strategies import StrategyError
+from transaction import Policy
+from web import make_app
+
+log = logging.getLogger("af.master")
+
+ROOM_THREADS = 100
+"""Handler threads beyond the held polls and streams, so that everybody else is always served."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a master; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="master.py", description="Runs the master: API, dashboard and scheduler.")
+    parser.add_argument("--stop-with-stdin", action="store_true", help="stop when standard input ends")
+    settings, options = settings_module.from_arguments("master", argv, parser=parser)
+    settings_module.configure_logging(settings)
+    path = Path(settings.database)
+    try:
+        with lock_database(path):
+            return run(settings, path, stop_with_stdin=options.stop_with_stdin)
+    except (DatabaseRefused, PortInUse, StrategyError) as error:
+        print(f"master: {error}", file=sys.stderr)
+        codes = {PortInUse: ExitCode.PORT_IN_USE, StrategyError: ExitCode.SETTINGS}
+        return codes.get(type(error), getattr(error, "exit_code", ExitCode.DATABASE_BAD))
+    except OSError as error:
+        print(f"master: {error}", file=sys.stderr)
+        return ExitCode.SETTINGS
+
+
+def run(settings: Settings, path: Path, *, stop_with_stdin: bool = False) -> int:
+    """Everything a master is, in the order of its start. Raises DatabaseRefused, PortInUse, StrategyError, OSError."""
+    server = Server(
+        host=settings.host,
+        port=settings.port,
+        threads=settings.max_held_polls + settings.max_event_streams + ROOM_THREADS,
+    )
+    server.bind()
+    clock = Clock(not_before=last_moment(path))
+    store = Store(path, policy=_policy(settings), moments=clock.moments, max_queue_length=settings.max_queue_length)
+    presence = Presence(watching_since=clock.now())
+    dispatcher = Dispatcher(
+        store, presence, strategy=settings.load_balance_strategy, max_held_polls=settings.max_held_polls
+    )
+    events = Events(settings.max_event_streams)
+    store.listeners.append(events.hear)
+    store.open()
+    reads = Reads(path)
+    scheduler = Scheduler(store, dispatcher, presence, _times(settings))
+    api = Api(
+        settings=settings,
+        store=store,
+        reads=reads,
+        dispatcher=dispatcher,
+        presence=presence,
+        events=events,
+        access=Access(settings),
+        metrics=Metrics(
+            reads,
+            now=clock.now,
+            device_timeout=settings.device_timeout,
+            version=VERSION,
+            gauges={
+                "af_writer_queue": ("Writes that wait for the writer.", lambda: store.writer.queue_length),
+                "af_held_polls": ("Pulls that are held open.", lambda: dispatcher.held_polls),
+            },
+        ),
+        started_at=clock.now(),
+    )
+
+    def announce() -> None:
+        log.info("master ready url=%s database=%s", server.url, path)
+        print(f"ready {server.url}", flush=True)
+
+    def wake_everybody() -> None:
+        api.is_stopping = True
+        dispatcher.stop()
+        events.close()
+
+    def finish() -> None:
+        scheduler.stop()
+        if not store.close():
+            log.error("the writer did not finish in time; what was acknowledged is in the database")
+        reads.close()
+        log.info("master stopped")
+
+    app = make_app(routes(api), api.access, settings.max_body_bytes)
+    if stop_with_stdin:
+        threading.Thread(target=_stop_at_end_of_input, args=(server,), name="stdin", daemon=True).start()
+    scheduler.start()
+    return server.serve(app, on_ready=announce, on_stop=wake_everybody, finish=finish)
+
+
+def _policy(settings: Settings) -> Policy:
+    return Policy(
+        task_timeout=max(1, round(settings.task_timeout)),
+        max_retry_count=settings.max_retry_count,
+        retry_backoff_seconds=settings.retry_backoff_seconds,
+        give_up_seconds=settings.give_up_days * 86400.0,
+    )
+
+
+def _times(settings: Settings) -> Times:
+    return Times(
+        dispatch_interval=settings.dispatch_interval,
+        timeout_check_interval=settings.timeout_check_interval,
+        device_timeout=settings.device_timeout,
+        retention_days=settings.retention_days,
+        heartbeat_retention_days=settings.heartbeat_retention_days,
+    )
+
+
+def _stop_at_end_of_input(server: Server) -> None:
+    """The program that started this one holds the other end of standard input; when it is gone, so are we."""
+    while os.read(0, 4096):
+        pass
+    server.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

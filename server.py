@@ -1,0 +1,294 @@
+"""How does the app meet the network?
+
+One socket that this process binds itself, granian's WSGI worker run in this process and thread, and an orderly stop.
+
+    server = Server(host="127.0.0.1", port=8000, threads=1650)
+    server.bind()                                                # PortInUse or OSError, one sentence each
+    code = server.serve(app, on_ready=…, on_stop=…, finish=…)    # until SIGTERM, SIGINT, SIGHUP or stop()
+
+The stop, whoever asks for it: on_stop() (readyz says 503, held polls and streams are woken), the listener closes,
+running requests get `stop_within_seconds`, finish() (scheduler, writer, checkpoint), exit code 0. A second SIGINT: 130.
+
+It must not know a route, a table or a setting. It leans on names of granian that are no public API, all of them in
+`_InProcess`: the version is pinned exactly, and tests/test_server.py holds what is needed of it. Tested on Linux.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Callable
+
+import granian._signals
+import granian.wsgi
+from granian._granian import SocketHolder, WorkerSignal
+from granian.constants import HTTPModes, Interfaces, Loops, RuntimeModes
+from granian.http import HTTP1Settings
+from granian.log import LogLevels
+from granian.server import MPServer
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+log = logging.getLogger("server")
+
+HANGUP = getattr(signal, "SIGHUP", None)  # the terminal was closed; Windows has none
+STOP_SIGNALS = tuple(number for number in (signal.SIGTERM, signal.SIGINT, HANGUP) if number is not None)
+STOP_CALLED = 0  # beside the numbers of signals
+BACKLOG = 2048
+# Granian's longest: its pool may leave one request of a burst waiting that comes just as idle threads go away.
+IDLE_THREAD_SECONDS = 600
+# Longer than two heartbeats, so that a device's next one finds its connection still open.
+IDLE_CONNECTION_SECONDS = 75
+SPARE_FILES = 256  # database, logs, static files: descriptors that are no connections
+SPARE_THREADS = 64  # the process's own threads, and a little room
+# Inherited by every connection. A peer that is gone, or stopped reading, is noticed within a minute.
+SOCKET_OPTIONS = (
+    (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
+    (socket.IPPROTO_TCP, "TCP_NODELAY", 1),
+    (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 30),
+    (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 10),
+    (socket.IPPROTO_TCP, "TCP_KEEPCNT", 3),
+    (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", 60_000),
+)
+PIDS_MAX = ("/sys/fs/cgroup/pids.max", "/sys/fs/cgroup/pids/pids.max")
+# Incremental and without handlers: granian's own set-up would replace those of the program.
+GRANIAN_LOGS: dict[str, Any] = {
+    "version": 1,
+    "incremental": True,
+    "formatters": {},
+    "handlers": {},
+    "loggers": {"_granian": {"propagate": True}, "granian.access": {"propagate": True}},
+}
+
+
+class PortInUse(OSError):
+    """Another process listens on this host and port; str() is one sentence that says what to do."""
+
+
+class Server:
+    """One listening socket and the WSGI server behind it: bind() once, then serve() once."""
+
+    def __init__(self, *, host: str, port: int, threads: int, backpressure: int | None = None) -> None:
+        """`threads`: held polls + streams + 100. `backpressure`: most connections, idle ones too (3 x threads)."""
+        self.host = host
+        self.port = port
+        self.threads = _affordable_threads(threads)
+        self.backpressure = _affordable_connections(backpressure or 3 * self.threads)
+        self.url = ""
+        self._listener: socket.socket | None = None
+        self._requests, self._requester = (
+            socket.socketpair()
+        )  # one byte a request to stop: a signal's number or STOP_CALLED
+        self._requester.setblocking(False)
+        self._is_stop_asked = threading.Event()
+        self._drain = WorkerSignal()
+        self._is_drained = threading.Event()
+        self._failures: list[str] = []
+
+    def bind(self) -> None:
+        """Listen (port 0: a free one): clients queue from now on, and `port` and `url` are known."""
+        try:
+            self._listener = _listen(self.host, self.port)
+        except (OSError, UnicodeError) as error:  # UnicodeError: no host name at all, like "a..b"
+            number = getattr(error, "errno", None)
+            if number == errno.EADDRINUSE:
+                raise PortInUse(
+                    f"Port {self.port} on {self.host} is in use: is a master running already? "
+                    "Stop it, or choose another port with --port."
+                ) from error
+            reason = os.strerror(number) if number and number > 0 else getattr(error, "strerror", None) or str(error)
+            raise OSError(f"Cannot listen on {self.host} port {self.port}: {reason}. Choose another.") from error
+        address, self.port = _reachable(self._listener)[:2]
+        self.url = f"http://[{address}]:{self.port}" if ":" in address else f"http://{address}:{self.port}"
+
+    def serve(
+        self,
+        app: Callable[..., Any],
+        *,
+        on_ready: Callable[[], None],
+        on_stop: Callable[[], None],
+        finish: Callable[[], None],
+        stop_within_seconds: float = 1.0,
+    ) -> int:
+        """Serve in the main thread until told to stop; exit code 0, or 1 where granian or one of these steps failed.
+
+        on_ready runs in its own thread, once a first probe was answered. on_stop runs in the stop thread and must not
+        block. finish runs once: after the last request, or beside those that did not end in time, and in that case the
+        process ends here (os._exit) and serve() never returns.
+        """
+        if self._listener is None:
+            raise RuntimeError("bind() comes before serve()")
+        stopping = threading.Thread(
+            target=self._stop_in_order, args=(on_stop, finish, stop_within_seconds), name="server-stop", daemon=True
+        )
+        self._catch_signals()
+        threading.Thread(target=self._watch_requests, name="server-signals", daemon=True).start()
+        stopping.start()
+        probing = (_reachable(self._listener), on_ready)
+        threading.Thread(target=self._probe, args=probing, name="server-probe", daemon=True).start()
+        self._attempt("granian", lambda: self._run_granian(app))
+        self._is_stop_asked.set()
+        self._is_drained.set()
+        stopping.join()  # on_stop is over; where the time was over first, that thread ends the process
+        self._attempt("finish", finish)
+        return 1 if self._failures else 0
+
+    def stop(self) -> None:
+        """Ask for the orderly stop, from any thread, as often as you like; returns at once."""
+        with contextlib.suppress(BlockingIOError):  # full: it was asked for often enough
+            self._requester.send(bytes([STOP_CALLED]))
+
+    def _run_granian(self, app: Callable[..., Any]) -> None:
+        assert self._listener is not None
+        _InProcess(self._listener, self._drain, threads=self.threads, backpressure=self.backpressure).run(app)
+        if not self._is_stop_asked.is_set():
+            raise RuntimeError("granian ended by itself")
+
+    def _stop_in_order(self, on_stop: Callable[[], None], finish: Callable[[], None], within_seconds: float) -> None:
+        self._is_stop_asked.wait()
+        self._attempt("on_stop", on_stop)
+        self._drain.set()  # once only: granian hangs when its signal is set again and again
+        if self._is_drained.wait(within_seconds):
+            return
+        log.warning("requests still running %.1f s after the stop are cut off", within_seconds)
+        self._attempt("finish", finish)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+        os._exit(1 if self._failures else 0)
+
+    def _attempt(self, name: str, step: Callable[[], None]) -> None:
+        """A step that fails must not keep the later ones from running: the writer is flushed whatever happens."""
+        try:
+            step()
+        except Exception:
+            log.exception("%s failed", name)
+            self._failures.append(name)
+
+    def _catch_signals(self) -> None:
+        """By the wake-up descriptor, which any thread writes: Python's own handlers run in the main thread alone, and a
+        signal that comes just before that thread begins to wait is lost (3 of 160 stops in the first moments)."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        signal.set_wakeup_fd(self._requester.fileno(), warn_on_full_buffer=False)
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN or number != HANGUP:  # nohup stays nohup
+                signal.signal(number, lambda signum, frame: None)
+
+    def _watch_requests(self) -> None:
+        interrupt_count = 0
+        while True:
+            for number in self._requests.recv(64):
+                if number == STOP_CALLED or number in STOP_SIGNALS:
+                    self._is_stop_asked.set()
+                interrupt_count += number == signal.SIGINT
+                if interrupt_count > 1:
+                    os._exit(130)
+
+    def _probe(self, address: tuple[Any, ...], on_ready: Callable[[], None]) -> None:
+        """Call on_ready once granian answers; a connect would prove nothing, the kernel accepts since bind()."""
+        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        is_answered = False
+        while not (is_answered or self._is_stop_asked.is_set()):
+            with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as client:
+                client.settimeout(5.0)
+                client.connect(address)
+                client.sendall(b"?\r\n\r\n")  # not HTTP: granian itself answers 400, no route and no key is needed
+                is_answered = bool(client.recv(1))
+            if not is_answered:
+                self._is_stop_asked.wait(0.1)
+        if is_answered:
+            self._attempt("on_ready", on_ready)
+
+
+class _InProcess(MPServer):
+    """Granian with its one worker in this process, on our socket, under our signals: what is private is here."""
+
+    def __init__(self, listener: socket.socket, drain: WorkerSignal, *, threads: int, backpressure: int) -> None:
+        super().__init__(
+            "app",
+            interface=Interfaces.WSGI,
+            http=HTTPModes.http1,
+            http1_settings=HTTP1Settings(header_read_timeout=IDLE_CONNECTION_SECONDS * 1000),
+            websockets=False,
+            loop=Loops.asyncio,
+            runtime_mode=RuntimeModes.mt,
+            blocking_threads=threads,
+            blocking_threads_idle_timeout=IDLE_THREAD_SECONDS,
+            backpressure=backpressure,
+            log_level=LogLevels.error,  # at warning it complains about the number of threads, at every start
+            log_dictconfig=GRANIAN_LOGS,
+        )
+        self._listener, self._drain = listener, drain
+
+    def run(self, app: Callable[..., Any]) -> None:
+        """Return when the drain signal was set and the running requests are over."""
+        self.serve(target_loader=lambda: app, wrap_loader=False)
+
+    def _serve(self, spawn_target: Any, target_loader: Any) -> None:
+        # Granian's handlers would set the signal at every Ctrl-C, and hang at the third; ours are installed already.
+        granian._signals.set_sync_signals = lambda: self._drain
+        # Granian copies os.environ into each request's environ: API keys, and HTTP_* names that look like headers.
+        granian.wsgi.os = SimpleNamespace(environ={})
+        self._ssp = self._sso = None
+        self._ipc = {0: (None, None)}
+        # Granian closes the socket; its stub does not know this constructor.
+        self._shd = SocketHolder(self._listener.detach(), False, BACKLOG)  # type: ignore[call-arg]
+        self._spawn_worker(0, spawn_target, target_loader).inner.run()  # start() would be a second process
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+    is_dual = address[0] == "::" and socket.has_dualstack_ipv6()
+    # reuse_port stays off: with it a second master would share the port without a word.
+    listener = socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=is_dual)
+    for level, name, value in SOCKET_OPTIONS:
+        if hasattr(socket, name):
+            listener.setsockopt(level, getattr(socket, name), value)
+    return listener
+
+
+def _reachable(listener: socket.socket) -> tuple[Any, ...]:
+    """Where this machine itself reaches the listener: its address, or loopback for one that listens everywhere."""
+    address, *rest = listener.getsockname()
+    return ({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address), *rest)
+
+
+def _affordable_threads(wanted: int) -> int:
+    """No more than the container allows: a thread that cannot be made aborts the whole process."""
+    for path in PIDS_MAX:
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            allowed = max(8, int(Path(path).read_text()) - SPARE_THREADS)
+            if allowed < wanted:
+                log.warning("%d request threads instead of %d: %s allows no more", allowed, wanted, path)
+                return allowed
+    return wanted
+
+
+def _affordable_connections(wanted: int) -> int:
+    """Raise the limit of open files as far as needed and allowed; beyond the number returned, clients queue."""
+    if resource is None:
+        return wanted
+    needed = wanted + SPARE_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < needed:  # RLIM_INFINITY is negative on Linux
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (needed if hard < 0 else min(needed, hard), hard))
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if soft < 0 or soft >= needed:
+        return wanted
+    allowed = max(64, soft - SPARE_FILES)
+    log.warning("%d connections instead of %d: ulimit -n allows no more", allowed, wanted)
+    return allowed

@@ -1,0 +1,180 @@
+"""How does a request become a call, and what a handler says a reply?
+
+The one way in and out of the API: access first, then the body (read once, capped), then the handler. Every error leaves
+as application/problem+json with a stable code and a sentence; what nobody foresaw is logged whole and told in one
+sentence. This file knows no route and no table.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import bottle
+
+import wire
+from access import SECURITY_HEADERS, Access, Refused, read_body
+from devices import DeviceConflict, Superseded, UnknownDevice
+from openapi import Operation
+from reads import ReadsBusy
+from strategies import StrategyError
+from wire import Invalid, Query
+from writer import StorageFailing, WriterBusy, WriterStopped
+
+log = logging.getLogger("af.web")
+
+STATIC = Path(__file__).resolve().parent / "static"
+WRITING = ("POST", "PUT", "DELETE", "PATCH")
+
+#                error           status  code               seconds to wait
+KNOWN_ERRORS: tuple[tuple[type[Exception], int, str, int], ...] = (
+    (UnknownDevice,   404, "unknown_device",  0),
+    (Superseded,      409, "superseded",      0),
+    (DeviceConflict,  409, "conflict",        0),
+    (StrategyError,   422, "invalid_field",   0),
+    (WriterBusy,      503, "busy",            2),
+    (ReadsBusy,       503, "busy",            2),
+    (WriterStopped,   503, "stopping",        2),
+    (StorageFailing,  503, "storage_failing", 30),
+)  # fmt: skip
+
+
+class Call(NamedTuple):
+    """One request, as a handler sees it: the raw body, the query, the names in the path, and who is at the socket."""
+
+    body: bytes
+    query: Query
+    names: dict[str, str]
+    peer: str
+    environ: dict[str, Any]
+
+
+class Answer(NamedTuple):
+    """A reply that is not plain JSON with status 200; `content`: bytes, an iterator of them, or what becomes JSON."""
+
+    content: Any
+    status: int = 200
+    kind: str = "application/json"
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+class Route(NamedTuple):
+    """One line of the API: what the document says of it, and the handler that does it."""
+
+    operation: Operation
+    handler: Callable[[Call], Any]
+
+
+def invalid(status: int, code: str, detail: str, field: str | None = None, retry_after: int | None = None) -> Invalid:
+    """An error that a handler raises; `retry_after` in seconds becomes a header."""
+    error = Invalid(status, code, detail, field)
+    if retry_after is not None:
+        error.headers["Retry-After"] = str(retry_after)
+    return error
+
+
+def make_app(routes: Iterable[tuple[str, Iterable[Route]]], access: Access, max_body_bytes: int) -> bottle.Bottle:
+    """The WSGI application for (prefix, routes) pairs. Bodies over `max_body_bytes` are refused unread."""
+    app = bottle.Bottle(autojson=False)
+    for prefix, some in routes:
+        for route in some:
+            path = re.sub(r"\{(name|file)\}", r"<\1:path>", prefix + route.operation.path)
+            path = re.sub(r"\{(\w+)\}", r"<\1>", path)
+            app.route(path, route.operation.method, _Endpoint(route, access, max_body_bytes))
+    app.default_error_handler = _refused_by_bottle
+    return app
+
+
+class _Endpoint:
+    """A callable object and no closure: bottle loops for ever when it shows the source of one."""
+
+    def __init__(self, route: Route, access: Access, max_body_bytes: int) -> None:
+        self._route = route
+        self._access = access
+        self._max_body_bytes = max_body_bytes
+
+    def __call__(self, **names: str) -> bottle.HTTPResponse:
+        environ = bottle.request.environ
+        try:
+            response = _response(self._handle(environ, names))
+        except Exception as error:
+            response = _problem(error)
+        for name, value in SECURITY_HEADERS.items():
+            if name not in response.headers:
+                response.set_header(name, value)
+        return response
+
+    def _handle(self, environ: dict[str, Any], names: dict[str, str]) -> Any:
+        operation = self._route.operation
+        self._access.check(environ, operation.role)
+        body = read_body(environ, self._max_body_bytes) if operation.method in WRITING else b""
+        query = Query(environ.get("QUERY_STRING", ""))
+        return self._route.handler(Call(body, query, names, environ.get("REMOTE_ADDR", ""), environ))
+
+
+def _response(said: Any) -> bottle.HTTPResponse:
+    if isinstance(said, bottle.HTTPResponse):
+        return said
+    answer = said if isinstance(said, Answer) else Answer(said)
+    content = answer.content
+    if answer.kind == "application/json" and content is not None:
+        content = wire.encode(content)
+    response = bottle.HTTPResponse(b"" if content is None else content, answer.status)
+    if content is not None:
+        response.set_header("Content-Type", answer.kind)
+    for name, value in answer.headers:
+        response.set_header(name, value)
+    return response
+
+
+def _problem(error: Exception) -> bottle.HTTPResponse:
+    if isinstance(error, Invalid | Refused):
+        document = wire.problem(error.status, error.code, error.detail, error.field)
+        return _problem_response(document, error.headers)
+    for kind, status, code, seconds in KNOWN_ERRORS:
+        if isinstance(error, kind):
+            return _problem_response(
+                wire.problem(status, code, f"{error}."), {"Retry-After": str(seconds)} if seconds else {}
+            )
+    log.error("a handler failed", exc_info=error)
+    return _problem_response(wire.problem(500, "internal", "The master made a mistake; its log has the details."), {})
+
+
+def _problem_response(document: dict[str, Any], headers: dict[str, str]) -> bottle.HTTPResponse:
+    response = bottle.HTTPResponse(wire.encode(document), document["status"])
+    for name, value in {**headers, "Content-Type": "application/problem+json"}.items():
+        response.set_header(name, value)
+    return response
+
+
+def _refused_by_bottle(error: bottle.HTTPError) -> bytes:
+    """Unknown paths and methods, and what bottle cannot read: its own page would be HTML."""
+    texts = {
+        404: ("not_found", "There is nothing at this path; /api/distribution/openapi.json lists all there is."),
+        405: ("method_not_allowed", "This path does not take that method; see /api/distribution/openapi.json."),
+    }
+    status = error.status_code if error.status_code in texts else 500 if error.status_code >= 500 else 400
+    code, detail = texts.get(status, ("bad_request", "The request could not be read."))
+    for name, value in {**SECURITY_HEADERS, "Content-Type": "application/problem+json"}.items():
+        bottle.response.set_header(name, value)
+    bottle.response.status = status
+    encoded: bytes = wire.encode(wire.problem(status, code, detail))
+    return encoded
+
+
+def static_file(name: str) -> bottle.HTTPResponse:
+    """A file of static/, and nothing outside of it, by a link either (bottle itself would follow one)."""
+    path = (STATIC / name).resolve()
+    if STATIC not in path.parents or not path.is_file():
+        raise Invalid(404, "not_found", "There is no such file.")
+    response: bottle.HTTPResponse = bottle.static_file(path.relative_to(STATIC).as_posix(), root=str(STATIC))
+    response.set_header("Cache-Control", "no-cache")
+    return response
+
+
+def stream(lines: Iterator[bytes], kind: str, *headers: tuple[str, str]) -> Answer:
+    """A reply that is written while it is made."""
+    return Answer(lines, 200, kind, headers)
