@@ -213,101 +213,103 @@ def _settle(tx: Tx, attempt: Attempt, status: str, report: Report | None = None,
 
 # -- submit and promote --------------------------------------------------------------------------------------
 
-_INSERT_TASK = """INSERT INTO af_crawl_tasks (id, task_type, username, app_id, start_date, end_date, status, priority,
+_INSERT_TASK = f"""INSERT INTO af_crawl_tasks (id, task_type, username, app_id, start_date, end_date, status, priority,
  lane_id, batch, unique_key, parent_id, next_run_at, give_up_at, execution_timeout, max_retry_count, required_tags,
- pinned_device_id, prefer_device_id, created_by, created_at, updated_at)
- VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
- ON CONFLICT (batch, unique_key) WHERE unique_key IS NOT NULL DO NOTHING"""
+ pinned_device_id, prefer_device_id, created_by, created_at, updated_at) VALUES (?{", ?" * 21})"""
 
 
 def submit(tx: Tx, tasks: Sequence[NewTask], created_by: str | None = None) -> list[Submitted]:
-    """Stores new tasks, in order; a known (batch, unique_key) answers with the task that has it."""
-    refused = _refused_by_batch(tx, tasks)
+    """Stores new tasks, in order; a known (batch, unique_key) answers with the task that has it.
+
+    Looking before inserting is no race here: one thread writes. The unique index stands behind it all the same.
+    """
+    batches = {name: _Batch(tx, name) for name in {task.batch for task in tasks} if name}
     lanes = {key: _lane_id(tx, key) for key in {_lane_key(task) for task in tasks}}
-    first_id = _next_task_id(tx)
-    rows, payloads = [], []
-    for task_id, task in enumerate(tasks, first_id):
-        if task_id - first_id in refused:
-            continue
-        is_later = task.run_at is not None and task.run_at > tx.wall
-        give_up_at = (task.run_at if is_later else tx.wall) + (task.give_up_seconds or tx.policy.give_up_seconds)  # type: ignore[operator]
-        rows.append((
-            task_id, task.task_type, task.username, task.app_id, task.start_date, task.end_date,
-            "scheduled" if is_later else "pending", task.priority, lanes[_lane_key(task)], task.batch, task.unique_key,
-            task.parent_id, task.run_at if is_later else None, give_up_at,
-            task.execution_timeout or tx.policy.task_timeout,
-            tx.policy.max_retry_count if task.max_retry_count is None else task.max_retry_count,
-            json.dumps(sorted(task.required_tags)), task.pinned_device_id, task.prefer_device_id, created_by,
-            tx.now, tx.now,
-        ))  # fmt: skip
-    before = tx.connection.total_changes
+    known: dict[tuple[str, str], int] = {}
+    next_id = first_id = _next_task_id(tx)
+    rows: list[tuple[Any, ...]] = []
+    payloads: list[tuple[int, str]] = []
+    answers: list[Submitted] = []
+    for task in tasks:
+        existing_id = _known_id(tx, task, known)
+        refusal = batches[task.batch].refuses(task) if task.batch and existing_id is None else None
+        if existing_id is not None and existing_id >= first_id:
+            answers.append(Submitted(existing_id, False, rows[existing_id - first_id][6]))
+        elif existing_id is not None:
+            answers.append(_existing(tx, task, existing_id))
+        elif refusal is not None:
+            answers.append(Submitted(None, False, refusal))
+        else:
+            lane = lanes[_lane_key(task)]
+            rows.append(_task_row(tx, next_id, task, lane, created_by))
+            if task.task_data != "{}":
+                payloads.append((next_id, task.task_data))
+            if task.unique_key is not None:
+                known[task.batch, task.unique_key] = next_id
+            answers.append(_count_new(tx, next_id, task, rows[-1][6], lane))
+            next_id += 1
     tx.connection.executemany(_INSERT_TASK, rows)
-    created = {row[0] for row in rows}
-    if tx.connection.total_changes - before != len(rows):
-        found = tx.execute("SELECT id FROM af_crawl_tasks WHERE id >= ?", (first_id,))
-        created = {row[0] for row in found}
-    for task_id, task in enumerate(tasks, first_id):
-        if task_id in created and task.task_data != "{}":
-            payloads.append((task_id, task.task_data))
     tx.connection.executemany("INSERT INTO af_task_payload (task_id, task_data) VALUES (?, ?)", payloads)
-    if created:
-        tx.note("task", "submit", task=min(created), count=len(created), status="pending", by=created_by)
-    return [
-        refused.get(index) or _count_submitted(tx, first_id + index, task, lanes, created)
-        for index, task in enumerate(tasks)
-    ]
+    if rows:
+        tx.note("task", "submit", task=first_id, count=len(rows), by=created_by)
+    return answers
 
 
-def _count_submitted(
-    tx: Tx, task_id: int, task: NewTask, lanes: dict[tuple[str, ...], int], created: set[int]
-) -> Submitted:
-    if task_id not in created:
-        return _existing(tx, task)
-    status = "scheduled" if task.run_at is not None and task.run_at > tx.wall else "pending"
+def _task_row(tx: Tx, task_id: int, task: NewTask, lane_id: int, created_by: str | None) -> tuple[Any, ...]:
+    run_at = task.run_at if task.run_at is not None and task.run_at > tx.wall else None
+    policy = tx.policy
+    return (
+        task_id, task.task_type, task.username, task.app_id, task.start_date, task.end_date,
+        "pending" if run_at is None else "scheduled", task.priority, lane_id, task.batch, task.unique_key,
+        task.parent_id, run_at, (run_at or tx.wall) + (task.give_up_seconds or policy.give_up_seconds),
+        task.execution_timeout or policy.task_timeout,
+        policy.max_retry_count if task.max_retry_count is None else task.max_retry_count,
+        json.dumps(sorted(task.required_tags)) if task.required_tags else "[]",
+        task.pinned_device_id, task.prefer_device_id, created_by, tx.now, tx.now,
+    )  # fmt: skip
+
+
+def _count_new(tx: Tx, task_id: int, task: NewTask, status: str, lane_id: int) -> Submitted:
     tx.count(task.task_type, task.batch, status, +1)
     if status == "pending":
-        tx.count_lane(lanes[_lane_key(task)], +1)
+        tx.count_lane(lane_id, +1)
     return Submitted(task_id, True, status)
 
 
-def _existing(tx: Tx, task: NewTask) -> Submitted:
-    found = tx.one(
-        "SELECT id, status FROM af_crawl_tasks WHERE batch = ? AND unique_key = ?", (task.batch, task.unique_key)
-    )
-    if task.requeue_if_failed and found[1] == "failed" and requeue(tx, found[0]):
-        return Submitted(found[0], False, "pending")
-    return Submitted(found[0], False, found[1])
+def _known_id(tx: Tx, task: NewTask, new_here: dict[tuple[str, str], int]) -> int | None:
+    """The task that has this key already, in the table or earlier in this very call."""
+    if task.unique_key is None:
+        return None
+    if (task.batch, task.unique_key) in new_here:
+        return new_here[task.batch, task.unique_key]
+    sql = "SELECT id FROM af_crawl_tasks WHERE batch = ? AND unique_key = ?"
+    row = tx.one(sql, (task.batch, task.unique_key))
+    return row[0] if row else None
 
 
-def _refused_by_batch(tx: Tx, tasks: Sequence[NewTask]) -> dict[int, Submitted]:
-    """Creates the batches named, and says which tasks (by index) a cancelled or full batch does not take."""
-    refused: dict[int, Submitted] = {}
-    states: dict[str, str] = {}
-    sizes: dict[str, int] = {}
-    seen: set[tuple[str, str | None]] = set()
-    for name in {task.batch for task in tasks if task.batch}:
+class _Batch:
+    """A batch as one submit meets it: made if it is new, closed if it was cancelled, full at a task's own limit."""
+
+    def __init__(self, tx: Tx, name: str) -> None:
         tx.execute("INSERT INTO af_batch (name, created_at) VALUES (?, ?) ON CONFLICT DO NOTHING", (name, tx.now))
-        states[name] = tx.one("SELECT state FROM af_batch WHERE name = ?", (name,))[0]
-    for index, task in enumerate(tasks):
-        if states.get(task.batch) == "cancelled":
-            refused[index] = Submitted(None, False, "batch_cancelled")
-        elif task.max_batch_tasks is not None and task.batch:
-            if (task.batch, task.unique_key) in seen or _is_known(tx, task):
-                continue
-            if task.batch not in sizes:
-                sizes[task.batch] = batch_size(tx, task.batch)
-            if sizes[task.batch] >= task.max_batch_tasks:
-                refused[index] = Submitted(None, False, "batch_full")
-                continue
-            sizes[task.batch] += 1
-            if task.unique_key is not None:
-                seen.add((task.batch, task.unique_key))
-    return refused
+        self.state = tx.one("SELECT state FROM af_batch WHERE name = ?", (name,))[0]
+        self.size = batch_size(tx, name)
+
+    def refuses(self, task: NewTask) -> str | None:
+        """The answer's status when it does not take this task; else the task counts from now on."""
+        if self.state == "cancelled":
+            return "batch_cancelled"
+        if task.max_batch_tasks is not None and self.size >= task.max_batch_tasks:
+            return "batch_full"
+        self.size += 1
+        return None
 
 
-def _is_known(tx: Tx, task: NewTask) -> bool:
-    sql = "SELECT 1 FROM af_crawl_tasks WHERE batch = ? AND unique_key = ?"
-    return task.unique_key is not None and tx.one(sql, (task.batch, task.unique_key)) is not None
+def _existing(tx: Tx, task: NewTask, task_id: int) -> Submitted:
+    status = tx.one("SELECT status FROM af_crawl_tasks WHERE id = ?", (task_id,))[0]
+    if task.requeue_if_failed and status == "failed" and requeue(tx, task_id):
+        status = "pending"
+    return Submitted(task_id, False, status)
 
 
 def batch_size(tx: Tx, batch: str) -> int:

@@ -79,6 +79,10 @@ class DemoError(RuntimeError):
     """It cannot go on: one line that says what to do."""
 
 
+class Stopped(Exception):
+    """Somebody set `stop`."""
+
+
 @dataclass
 class Summary:
     """What a crawl found. seconds and pages_per_second are of this run, even if an older run began the batch."""
@@ -108,7 +112,11 @@ def run(
 ) -> Optional[Summary]:
     """Build the site, serve it, crawl it, write what was found. None if `stop` was set before the end."""
     screen = Screen(out)
-    site = build_site(folder, screen.progress, modules=modules)
+    try:
+        site = build_site(folder, screen.progress, modules=modules, stop=stop)
+    except Stopped:
+        screen.say("the site is not finished: the same command renders it again")
+        return None
     screen.say(f"site: {site} ({count_pages(site)} pages)")
     with serve_site(site, folder, screen.say) as url:
         task_data = {"url": url, "follow": {"same_host": True}}
@@ -155,9 +163,15 @@ def start_url(url: str) -> str:
 
 
 def build_site(
-    folder: Path, report: Callable[[str], None] = lambda line: None, *, modules: tuple[str, ...] = MODULES
+    folder: Path,
+    report: Callable[[str], None] = lambda line: None,
+    *,
+    modules: tuple[str, ...] = MODULES,
+    stop: Optional[threading.Event] = None,
 ) -> Path:
-    """The rendered site's folder; rendered now unless a finished one is there. `report` gets progress lines."""
+    """The rendered site's folder; rendered now unless a finished one is there. `report` gets progress lines.
+
+    Raises Stopped when `stop` is set meanwhile."""
     version = ".".join(map(str, sys.version_info[:3]))
     suffix = "" if modules == MODULES else "-" + "-".join(modules)
     site = folder / f"site-{version}-{RECIPE}{suffix}"
@@ -167,7 +181,7 @@ def build_site(
     remove_leftovers(folder)
     unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=folder))
     try:
-        render_all(unfinished, modules, report)
+        render_all(unfinished, modules, report, stop or threading.Event())
         (unfinished / "index.html").write_text(index_page(unfinished, modules), encoding="utf-8")
         unfinished.chmod(0o755)
         with contextlib.suppress(OSError):  # another run was faster: its site is as good
@@ -187,7 +201,7 @@ def remove_leftovers(folder: Path) -> None:
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
-def render_all(target: Path, modules: tuple[str, ...], report: Callable[[str], None]) -> None:
+def render_all(target: Path, modules: tuple[str, ...], report: Callable[[str], None], stop: threading.Event) -> None:
     """Render every module in child processes: importing all of them is nothing for this process."""
     # -I: no module of ours, of the current folder or of PYTHONPATH may stand in for one of Python's.
     command = [sys.executable, "-I", "-W", "ignore", str(Path(__file__).resolve())]
@@ -214,7 +228,10 @@ def render_all(target: Path, modules: tuple[str, ...], report: Callable[[str], N
             report(f"rendering the site: {count_pages(target)} of {len(names)} pages")
             if time.monotonic() - started > RENDER_SECONDS:
                 raise DemoError(f"rendering the demo site took longer than {RENDER_SECONDS:.0f} s: run it again")
-            time.sleep(0.1)
+            stop.wait(0.1)
+            # Before the exit codes: a Ctrl-C reaches the children, too.
+            if stop.is_set():
+                raise Stopped
     finally:
         for renderer in renderers:
             if renderer.poll() is None:
@@ -380,10 +397,6 @@ class Master:
         return response
 
 
-class Stopped(Exception):
-    """Somebody set `stop`."""
-
-
 class Job:
     """One batch from its first task to the files with what was found."""
 
@@ -473,11 +486,13 @@ class Job:
 
     def hint(self) -> None:
         """Say why the next task waits."""
-        query = {"batch": self.batch, "status": "pending", "limit": 1}
         with contextlib.suppress(DemoError):
-            for task in self.master.json("GET", "/tasks", params=query).get("tasks", []):
-                why = self.master.json("GET", f"/tasks/{task['id']}/why")
-                self.screen.say(f"task {task['id']} waits: {why.get('detail') or why.get('reason')}")
+            for state in ("pending", "scheduled"):
+                query = {"batch": self.batch, "status": state, "limit": 1}
+                for task in self.master.json("GET", "/tasks", params=query).get("tasks", []):
+                    why = self.master.json("GET", f"/tasks/{task['id']}/why")
+                    reasons = (why.get("detail") or why.get("reason"), task.get("error_message"))
+                    self.screen.say(f"task {task['id']} waits: {'; '.join(filter(None, reasons))}")
 
     def collect(self, seconds: float, done: int) -> Summary:
         """Read the batch back and write pages.jsonl and dead-links.tsv into a folder named after it."""

@@ -304,7 +304,7 @@ def _say_goodbye(tx: Tx, presence: Presence, device_id: str) -> None:
     presence.online.discard(device_id)
     presence.seen.pop(device_id, None)
     presence.last_beat.pop(device_id, None)
-    tx.note("device", "device_offline", device=device_id, reason="stopped in good order")
+    tx.note("device", "device_stopped", device=device_id)
 
 
 def release_silent(tx: Tx, presence: Presence, device_timeout: float) -> int:

@@ -638,7 +638,8 @@ def _named_by_line(path: Path, chunk: Sequence[_Prepared], error: Refused, sent:
     if found and int(found.group(1)) < len(chunk):
         where = chunk[int(found.group(1))].place
         field = error.field.split("]", 1)[-1].lstrip(".")
-        problem = f"{field}: {error.detail}" if field and field not in error.detail else error.detail
+        detail = error.detail.replace(found.group(), "")  # the place in what was sent; the line says more
+        problem = f"{field}: {detail}" if field and field not in detail else detail
     else:
         where, problem = f"{chunk[0].place} to {chunk[-1].place}", error.detail
     before = f" The {sent} tasks before it were sent; the same submit again creates nothing twice." if sent else ""

@@ -114,9 +114,9 @@ def run(settings: Settings, path: Path, *, stop_with_stdin: bool = False) -> int
 
     def finish() -> None:
         scheduler.stop()
+        reads.close()  # first, so that the writer's connection is the last one and leaves no log file behind
         if not store.close():
             log.error("the writer did not finish in time; what was acknowledged is in the database")
-        reads.close()
         log.info("master stopped")
 
     app = make_app(routes(api), api.access, settings.max_body_bytes)

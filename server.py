@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import http.client
 import logging
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -46,7 +48,10 @@ HANGUP = getattr(signal, "SIGHUP", None)  # the terminal was closed; Windows has
 STOP_SIGNALS = tuple(number for number in (signal.SIGTERM, signal.SIGINT, HANGUP) if number is not None)
 STOP_CALLED = 0  # beside the numbers of signals
 BACKLOG = 2048
-# Granian's longest: its pool may leave one request of a burst waiting that comes just as idle threads go away.
+# Granian's pool counts a thread as idle for a moment after it has taken a request, or while it goes away. A request that
+# comes in this moment waits, with threads to spare, until the next one comes: so the next one is never far away, and
+# threads go away as late as granian allows.
+NUDGE_SECONDS = 0.25
 IDLE_THREAD_SECONDS = 600
 # Longer than two heartbeats, so that a device's next one finds its connection still open.
 IDLE_CONNECTION_SECONDS = 75
@@ -87,6 +92,8 @@ class Server:
         self.backpressure = _affordable_connections(backpressure or 3 * self.threads)
         self.url = ""
         self._listener: socket.socket | None = None
+        self._address = ("", 0)
+        self._nudge_path = f"/nudge-{secrets.token_hex(16)}"
         self._requests, self._requester = (
             socket.socketpair()
         )  # one byte a request to stop: a signal's number or STOP_CALLED
@@ -109,8 +116,9 @@ class Server:
                 ) from error
             reason = os.strerror(number) if number and number > 0 else getattr(error, "strerror", None) or str(error)
             raise OSError(f"Cannot listen on {self.host} port {self.port}: {reason}. Choose another.") from error
-        address, self.port = _reachable(self._listener)[:2]
-        self.url = f"http://[{address}]:{self.port}" if ":" in address else f"http://{address}:{self.port}"
+        self._address = _reachable(self._listener)
+        host, self.port = self._address
+        self.url = f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
     def serve(
         self,
@@ -123,7 +131,7 @@ class Server:
     ) -> int:
         """Serve in the main thread until told to stop; exit code 0, or 1 where granian or one of these steps failed.
 
-        on_ready runs in its own thread, once a first probe was answered. on_stop runs in the stop thread and must not
+        on_ready runs in a thread of its own once a first request was answered, on_stop in the stop thread; neither may
         block. finish runs once: after the last request, or beside those that did not end in time, and in that case the
         process ends here (os._exit) and serve() never returns.
         """
@@ -135,8 +143,7 @@ class Server:
         self._catch_signals()
         threading.Thread(target=self._watch_requests, name="server-signals", daemon=True).start()
         stopping.start()
-        probing = (_reachable(self._listener), on_ready)
-        threading.Thread(target=self._probe, args=probing, name="server-probe", daemon=True).start()
+        threading.Thread(target=self._ask_myself, args=(on_ready,), name="server-nudge", daemon=True).start()
         self._attempt("granian", lambda: self._run_granian(app))
         self._is_stop_asked.set()
         self._is_drained.set()
@@ -151,7 +158,14 @@ class Server:
 
     def _run_granian(self, app: Callable[..., Any]) -> None:
         assert self._listener is not None
-        _InProcess(self._listener, self._drain, threads=self.threads, backpressure=self.backpressure).run(app)
+
+        def app_or_nudge(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+            if environ["PATH_INFO"] == self._nudge_path:
+                start_response("204 No Content", [])
+                return []
+            return app(environ, start_response)
+
+        _InProcess(self._listener, self._drain, threads=self.threads, backpressure=self.backpressure).run(app_or_nudge)
         if not self._is_stop_asked.is_set():
             raise RuntimeError("granian ended by itself")
 
@@ -196,20 +210,22 @@ class Server:
                 if interrupt_count > 1:
                     os._exit(130)
 
-    def _probe(self, address: tuple[Any, ...], on_ready: Callable[[], None]) -> None:
-        """Call on_ready once granian answers; a connect would prove nothing, the kernel accepts since bind()."""
-        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        is_answered = False
-        while not (is_answered or self._is_stop_asked.is_set()):
-            with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as client:
-                client.settimeout(5.0)
-                client.connect(address)
-                client.sendall(b"?\r\n\r\n")  # not HTTP: granian itself answers 400, no route and no key is needed
-                is_answered = bool(client.recv(1))
-            if not is_answered:
-                self._is_stop_asked.wait(0.1)
-        if is_answered:
-            self._attempt("on_ready", on_ready)
+    def _ask_myself(self, on_ready: Callable[[], None]) -> None:
+        """Send one tiny request after the other: the first that is answered calls on_ready (a connect would prove
+        nothing, the kernel accepts since bind()), and each makes granian look again for requests it has left waiting."""
+        client = http.client.HTTPConnection(*self._address, timeout=NUDGE_SECONDS)
+        is_ready = False
+        while not self._is_stop_asked.is_set():
+            try:
+                client.request("GET", self._nudge_path)
+                client.getresponse().read()
+            except (OSError, http.client.HTTPException):
+                client.close()  # left waiting itself: the next one comes on a new connection
+            else:
+                if not is_ready:
+                    is_ready = True
+                    self._attempt("on_ready", on_ready)
+            self._is_stop_asked.wait(NUDGE_SECONDS)
 
 
 class _InProcess(MPServer):
@@ -260,10 +276,10 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _reachable(listener: socket.socket) -> tuple[Any, ...]:
+def _reachable(listener: socket.socket) -> tuple[str, int]:
     """Where this machine itself reaches the listener: its address, or loopback for one that listens everywhere."""
-    address, *rest = listener.getsockname()
-    return ({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address), *rest)
+    address, port = listener.getsockname()[:2]
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address), port
 
 
 def _affordable_threads(wanted: int) -> int:

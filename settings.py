@@ -18,7 +18,6 @@ import ipaddress
 import json
 import logging
 import logging.handlers
-import math
 import os
 import re
 import sys
@@ -284,6 +283,7 @@ class Settings:
 
     log_file: str = _key("logs/distribution.log", "Where the log goes.", is_path=True, check=_check_not_empty)
     log_level: str = _key("INFO", "The least level that is logged.", choices=LOG_LEVELS)
+    log_console_level: str = _key("INFO", "The least level that is also shown on the console.", choices=LOG_LEVELS)
     log_max_bytes: int = _key(
         10485760, "At which size the log starts a new file.", "bytes", minimum=1024, maximum=1099511627776
     )
@@ -362,8 +362,7 @@ def _of_its_type(setting: Setting, raw: object) -> Value | None:
     if setting.type == "int":
         return raw if isinstance(raw, int) and not isinstance(raw, bool) else None
     if setting.type == "float":
-        is_number = isinstance(raw, (int, float)) and not isinstance(raw, bool)
-        return raw if is_number and math.isfinite(raw) else None  # type: ignore[arg-type, return-value]
+        return raw if isinstance(raw, (int, float)) and not isinstance(raw, bool) else None
     if setting.type == "str":
         return raw if isinstance(raw, str) else None
     if isinstance(raw, (list, tuple)) and all(isinstance(part, str) for part in raw):
@@ -376,14 +375,11 @@ def _is_plain_text(text: str) -> bool:
 
 
 def _checked(setting: Setting, raw: object, where: str) -> Value:
-    try:
-        value = _of_its_type(setting, raw)
-    except OverflowError:  # math.isfinite of an integer past every float
-        value = None
+    value = _of_its_type(setting, raw)
     if value is None:
         raise SettingsError(where, setting.name, raw, _advice_for_type(setting))
     if isinstance(value, (int, float)) and setting.minimum is not None and setting.maximum is not None:
-        if not setting.minimum <= value <= setting.maximum:
+        if not setting.minimum <= value <= setting.maximum:  # also what is not a number: it compares with nothing
             raise SettingsError(where, setting.name, raw, _advice_for_type(setting))
         return value
     texts = (value,) if isinstance(value, str) else value if isinstance(value, tuple) else ()
@@ -769,7 +765,9 @@ def configure_logging(settings: Settings) -> None:
         old = _installed.pop()
         root.removeHandler(old)
         old.close()
-    for handler in (file, logging.StreamHandler(sys.stderr)):
+    console = logging.StreamHandler(sys.stderr)
+    console.setLevel(settings.log_console_level)
+    for handler in (file, console):
         handler.setFormatter(formatter)
         root.addHandler(handler)
         _installed.append(handler)

@@ -46,7 +46,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "output", metavar="FOLDER", help="where pages go")
     parser.add_argument("--exit", action="store_true", help="with --demo or --crawl: end when the crawl is done")
     settings, options = settings_module.from_arguments("standalone", argv, parser=parser)
-    settings_module.configure_logging(dataclasses.replace(settings, log_file=_own_log(settings)))
+    if options.demo or options.crawl:
+        # The progress line is what one looks at; the log file has the rest.
+        settings = dataclasses.replace(settings, log_console_level="WARNING")
+    settings_module.configure_logging(settings)
     family = Family(settings)
     _stop_on_signals(family)
     try:
@@ -205,12 +208,6 @@ def _write_config(settings: Settings) -> Path:
         json.dump(values, file, indent=2, ensure_ascii=False)
     temporary.replace(path)
     return path
-
-
-def _own_log(settings: Settings) -> str:
-    """Beside the children's: rotating needs one owner a file."""
-    path = Path(settings.log_file)
-    return str(path.with_name(f"{path.stem}.standalone{path.suffix}"))
 
 
 def _loopback(url: str) -> str:

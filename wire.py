@@ -174,6 +174,9 @@ class TasksIn(StrictBody):
 
     tasks: TaskList
 
+    def check(self, where: str, screen: Screen) -> None:
+        check_each(self.tasks, where + "tasks", screen)
+
 
 class Submission(NamedTuple):
     """What POST /tasks was sent: the tasks, and whether it was one object (then the reply is one object too)."""

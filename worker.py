@@ -170,7 +170,7 @@ class Spool:
         self._pending: dict[int, Report] = {}
         self._serials: dict[Report, int] = {}
         self._next_serial = itertools.count()
-        self._pending_bytes = self._memory_bytes = 0
+        self.pending_bytes = self._memory_bytes = 0
         self.lost: list[Report] = []  # could not be read back
         self._live: dict[int, int] = {}  # segment -> its reports without acknowledgement
         self._file: Optional[int] = None
@@ -321,7 +321,7 @@ class Spool:
     def _add(self, report: Report) -> None:
         serial = self._serials[report] = next(self._next_serial)
         self._pending[serial] = report
-        self._pending_bytes += report.size
+        self.pending_bytes += report.size
         if report.payload is not None and report.segment and self._memory_bytes > self.MEMORY_BYTES:
             report.payload = None  # it is read back when its turn comes
         self._memory_bytes += len(report.payload or b"")
@@ -370,7 +370,7 @@ class Spool:
                 serial = self._serials.pop(report, None)
                 if serial is not None:
                     del self._pending[serial]
-                    self._pending_bytes -= report.size
+                    self.pending_bytes -= report.size
                     self._memory_bytes -= len(report.payload or b"")
 
     def set_aside(self, name: str, content: bytes) -> None:
@@ -384,10 +384,6 @@ class Spool:
     @property
     def is_empty(self) -> bool:
         return not self._pending
-
-    @property
-    def is_full(self) -> bool:
-        return self._pending_bytes >= self.max_bytes
 
 
 # ---- talking to the master ----
@@ -559,8 +555,8 @@ class MasterClient:
         while deeper := [part for part in (getattr(cause, "reason", None), *cause.args) if isinstance(part, Exception)]:
             cause = deeper[0]
         never_stood = any(word in repr(error) for word in ("NewConnection", "ConnectTimeout", "NameResolution"))
-        why = getattr(cause, "strerror", None) or str(cause).rsplit(": ", 1)[-1]
-        return Unreachable(str(why)[:200], was_broken=not never_stood)
+        why = str(cause).rsplit(": ", 1)[-1].rpartition("] ")[2]  # "... failed: [Errno 111] Connection refused"
+        return Unreachable(why[:200], was_broken=not never_stood)
 
     def _judge(self, response: requests.Response, content: bytes) -> dict[str, Any]:
         status, kind = response.status_code, response.headers.get("Content-Type", "")
@@ -763,7 +759,7 @@ class Reporter:
         self._outbox: queue.SimpleQueue[Union[Report, list[Report]]] = queue.SimpleQueue()
         self._ready = threading.Condition()
         self._starts: list[Held] = []
-        self._unwritten = 0
+        self._unwritten = self._unwritten_bytes = 0
         self._was_full = False
         replayed = spool.pending()
         self._replayed_left = len(replayed)
@@ -780,6 +776,7 @@ class Reporter:
     def _post(self, item: Union[Report, list[Report]]) -> None:
         with self._ready:
             self._unwritten += 1
+            self._unwritten_bytes += item.size if isinstance(item, Report) else 0
         self._outbox.put(item)
 
     def put_start(self, held: Held) -> None:
@@ -821,8 +818,9 @@ class Reporter:
         self.spool.write(reports, [report for item in news if isinstance(item, list) for report in item])
         with self._ready:
             self._unwritten -= len(news)
+            self._unwritten_bytes -= sum(report.size for report in reports)
             self._ready.notify_all()
-        if self.spool.is_full != self._was_full:
+        if self._is_full() != self._was_full:
             self._was_full = not self._was_full
             log.warning(
                 "spool %s", "full: no more pulls until the master takes reports" if self._was_full else "has room"
@@ -919,7 +917,10 @@ class Reporter:
     @property
     def has_room(self) -> bool:
         """Whether the device may take more tasks, whose reports will need a place."""
-        return self.spool.is_writable and not self.spool.is_full
+        return self.spool.is_writable and not self._is_full()
+
+    def _is_full(self) -> bool:
+        return self.spool.pending_bytes + self._unwritten_bytes >= self.spool.max_bytes
 
     def is_flushed(self, *, to_disk_only: bool = False) -> bool:
         return self._unwritten == 0 and (to_disk_only or self.spool.is_empty)
@@ -1032,7 +1033,8 @@ class Worker:
         self.is_monitored = settings.enable_monitoring
         self.is_drained_by_master = False
         self.next_beat = 0.0
-        self.beat_seq = self.pull_seq = self.pull_ack = 0
+        self.beat_seq = itertools.count(1)  # one for two threads: the last beat must not share its number
+        self.pull_seq = self.pull_ack = 0
         self.empty_pause = 0.0
         self.open_limit = 0  # of the pull that is on its way
         self.is_stop_told = False
@@ -1076,8 +1078,7 @@ class Worker:
         timeout = number(held.task.get("execution_timeout_seconds"), self.settings.task_timeout, 0.01, 1e9)
         ran = now - held.started
         if held.phase == QUEUED:
-            if held.is_too_late():
-                self._hand_back(held, "not started in time")
+            self._hand_back_if_it_may_not_start(held)
         elif held.cancelled is not None and now - held.cancelled > CANCEL_GRACE_SECONDS:
             self._leave_behind(held, "was cancelled")
         elif ran > timeout:
@@ -1095,6 +1096,12 @@ class Worker:
             self._start("slot", self._slot)
         if is_reported and failed:
             self._report_end(held, {"outcome": "failed", **failed})
+
+    def _hand_back_if_it_may_not_start(self, held: Held) -> None:
+        if self.stopping.is_set():
+            self._hand_back(held, "the device stops")
+        elif held.is_too_late():
+            self._hand_back(held, "not started in time")
 
     def _hand_back(self, held: Held, reason: str) -> None:
         if self.holding.settle(held):
@@ -1146,11 +1153,8 @@ class Worker:
         return ExitCode.OK if self.end_code is None else self.end_code
 
     def _drain(self) -> None:
-        """Hand back what has not begun, let the rest finish, hand back what does not."""
+        """Let running tasks finish, and hand back what does not; `_watch` hands back what has not begun."""
         log.info("drain busy=%d seconds=%g", self.holding.busy_count, self.drain_seconds)
-        for held in self.holding.busy():
-            if held.phase == QUEUED:
-                self._hand_back(held, "the device stops")
         self._wait(lambda: self.holding.busy_count == 0, self.drain_seconds)
         for held in self.holding.busy():
             self._hand_back(held, "the device stops")
@@ -1235,8 +1239,8 @@ class Worker:
         self.next_beat = max(self.next_beat + seconds, time.monotonic())
 
     def _beat_body(self, *, leaving: bool = False) -> dict[str, Any]:
-        self.beat_seq += 1
-        body: dict[str, Any] = {"boot_id": self.boot_id, "seq": self.beat_seq, "holding": self.holding.as_holding()}
+        body: dict[str, Any] = {"boot_id": self.boot_id, "seq": next(self.beat_seq)}
+        body["holding"] = self.holding.as_holding()
         body.update(active_tasks=self.holding.busy_count, system_info=self.machine.system_info)
         if self.is_monitored:
             body.update(self.machine.usage())
@@ -1359,11 +1363,8 @@ class Worker:
         """Run tasks one after another, until this thread was left behind."""
         while True:
             held = self.work.get()
-            if self.stopping.is_set():
-                self._hand_back(held, "the device stops")
-            elif held.is_too_late():
-                self._hand_back(held, "not started in time")
-            elif self.holding.begin(held):
+            self._hand_back_if_it_may_not_start(held)
+            if self.holding.begin(held):
                 self._run(held)
             if held.is_replaced:
                 return

@@ -142,7 +142,7 @@ def reset_database(path: Path) -> str:
         target = path.with_name(f"{path.stem}.{moment}-{secrets.token_hex(2)}.backup{path.suffix}")
         try:
             store.backup_database(path, target)
-            how = "backed up to"
+            how = "was backed up to"
             for old in _files_of(path):
                 old.unlink(missing_ok=True)
         except (store.DatabaseRefused, sqlite3.Error) as error:
@@ -151,7 +151,7 @@ def reset_database(path: Path) -> str:
             _move_aside(path, target)
             how = f"could not be read ({error}) and was moved as it is to"
         store.create_database(path)
-    return f"{path}: the old database was {how} {target}\n{path}: created afresh"
+    return f"{path}: the old database {how} {target}\n{path}: created afresh"
 
 
 def _files_of(path: Path) -> list[Path]:

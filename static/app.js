@@ -5,7 +5,7 @@ import * as view from "./view.js";
 import { byId, say, t } from "./view.js";
 
 const API = "/api/distribution";
-const POLL_MS = 5000, AFTER_EVENT_MS = 1000, PATIENCE_MS = 10000, STREAM_RETRY_MS = 15000, SURE_MS = 4000;
+const POLL_MS = 5000, AFTER_EVENT_MS = 1000, PATIENCE_MS = 10000, STREAM_RETRY_MS = 15000, SURE_MS = 4000, BREATH_MS = 200, LONGEST_RETRY_MS = 3000;
 const PAGE_SIZE = 30, LONGEST_PAGE = 200, REASONS_A_REFRESH = 10, REASON_KEPT_MS = 4000, FEW_DEVICES = 100;
 
 const memory = {  // a browser may forbid storage; then the page just forgets
@@ -109,7 +109,7 @@ async function refresh() {
     if (problem.status === 401) askForKey(); else tellLoss(problem);
   } finally {
     isAsking = false;
-    if (!isSignedOut && !document.hidden) refreshIn(isLate ? 0 : failures ? Math.min(POLL_MS, 500 * 2 ** failures) : POLL_MS);
+    if (!isSignedOut && !document.hidden) refreshIn(isLate ? BREATH_MS : failures ? Math.min(LONGEST_RETRY_MS, 500 * 2 ** failures) : POLL_MS);
     isLate = false;
     tellLink();
   }
@@ -123,7 +123,11 @@ function listen() {
   stream = new EventSource(`${API}/events`);
   for (const kind of ["task", "device", "system"]) stream.addEventListener(kind, refreshSoon);
   stream.onopen = () => { tellLink(); if (failures) refreshIn(0); };
-  stream.onerror = () => { if (stream && stream.readyState === EventSource.CLOSED) hangUp(); tellLink(); };
+  stream.onerror = () => {
+    if (stream && stream.readyState === EventSource.CLOSED) hangUp();
+    tellLink();
+    if (!failures) refreshSoon();  // is it the stream only, or the master?
+  };
 }
 function hangUp() {
   if (stream) stream.close();
@@ -144,7 +148,7 @@ function tellLoss(problem) {
   failures += 1;
   const text = problem.status ? t("unwell", { status: problem.status, detail: problem.message }) : answeredAt ? t("lost", { time: view.clock(answeredAt) }) : t("lost_first");
   say(byId("banner-text"), text);
-  if (answeredAt) Object.assign(byId("banner-age").dataset, { at: answeredAt.getTime(), key: "lost_for" });
+  if (answeredAt) Object.assign(byId("banner-age").dataset, { at: view.now() - (Date.now() - answeredAt), key: "lost_for" });
   byId("banner").hidden = false;
   view.tick();
 }

@@ -11,7 +11,7 @@ export default {
   snoozed: "Snoozed", timeout: "Timed out", released: "Handed back",
   about_all: "Every task", about_scheduled: "Waits for its time: submitted for later, a retry, a snooze", about_pending: "Waits for a device that asks", about_assigned: "Sent to a device, start not confirmed yet",
   about_running: "Its device has confirmed the start", about_completed: "Its result was accepted", about_failed: "No retry left", about_cancelled: "Taken back by a person",
-  rates: "Last minute: {minute} completed, {minute_failed} failed. Last hour: {hour} completed, {hour_failed} failed.",
+  rates: "Last full minute: {minute} completed, {minute_failed} failed. Last hour: {hour} completed, {hour_failed} failed.",
   oldest: "Longest wait: {task}, {age}. {why}", task_number: "task {id}",
   devices: "Devices", device: "Device", status: "Status", heartbeat: "Heartbeat", load: "Tasks", cpu: "CPU", memory: "Memory", disk: "Disk", done_failed: "Done / failed",
   online: "Online", busy: "Busy", draining: "Draining", disabled: "Disabled", conflict: "Conflict", off: "Offline",

@@ -11,7 +11,7 @@ export default {
   snoozed: "已推迟", timeout: "超时", released: "已交还",
   about_all: "所有任务", about_scheduled: "等待预定时间：延后提交、重试或推迟", about_pending: "等待设备来取", about_assigned: "已发给设备，尚未确认开始",
   about_running: "设备已确认开始执行", about_completed: "结果已被接受", about_failed: "重试次数已用完", about_cancelled: "被人工撤回",
-  rates: "最近一分钟：完成 {minute}，失败 {minute_failed}。最近一小时：完成 {hour}，失败 {hour_failed}。",
+  rates: "上一整分钟：完成 {minute}，失败 {minute_failed}。最近一小时：完成 {hour}，失败 {hour_failed}。",
   oldest: "等待最久：{task}，{age}。{why}", task_number: "任务 {id}",
   devices: "设备", device: "设备", status: "状态", heartbeat: "心跳", load: "任务", cpu: "CPU", memory: "内存", disk: "磁盘", done_failed: "完成 / 失败",
   online: "在线", busy: "忙碌", draining: "排空中", disabled: "已停用", conflict: "冲突", off: "离线",

@@ -42,9 +42,10 @@ export function t(key, values = {}) {
 export const number = (n) => new Intl.NumberFormat(locale).format(n ?? 0);
 const big = (n) => (n < 1e6 ? number(n) : new Intl.NumberFormat(locale.startsWith("zh") ? locale : "en", { notation: "compact", maximumFractionDigits: 2 }).format(n));
 const unit = (n, name, digits = 0) => new Intl.NumberFormat(locale, { style: "unit", unit: name, unitDisplay: "narrow", maximumFractionDigits: digits }).format(n);
-/** 0.25s, 42s, 5m 12s, 3h 20m, 2d 4h. */
+/** 3ms, 0.25s, 42s, 5m 12s, 3h 20m, 2d 4h. */
 export function duration(seconds, exact = false) {
   const whole = Math.max(0, Math.floor(seconds));
+  if (exact && seconds < 0.1) return unit(seconds * 1000, "millisecond");
   if (exact && seconds < 10) return unit(seconds, "second", 2);
   for (const [size, name, small, smallName] of [[86400, "day", 3600, "hour"], [3600, "hour", 60, "minute"], [60, "minute", 1, "second"]]) {
     const rest = Math.floor((whole % size) / small);
@@ -58,7 +59,7 @@ export function setMasterClock(date) {
   const offset = Date.parse(date) - Date.now();
   skew = Math.abs(offset) > 2000 ? offset : 0;
 }
-const now = () => Date.now() + skew;
+export const now = () => Date.now() + skew;
 export function clock(iso) {
   const at = new Date(iso);
   const today = at.toDateString() === new Date().toDateString();

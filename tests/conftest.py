@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import farm
 import pytest
 
 import db
@@ -120,3 +121,19 @@ def world(tmp_path: Path) -> Iterator[World]:
     yield world
     world.check_books()
     world.close()
+
+
+@pytest.fixture
+def programs() -> Iterator[list[farm.Program]]:
+    """Programs that a test starts; none outlives it."""
+    with farm.farm() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def master(tmp_path_factory: pytest.TempPathFactory) -> Iterator[farm.Master]:
+    """One real master for the tests of a module."""
+    with farm.farm() as started:
+        master = farm.Master(tmp_path_factory.mktemp("master"))
+        started.append(master)
+        yield master

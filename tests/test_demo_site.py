@@ -26,7 +26,7 @@ import demo
 from executors import task_executor
 from executors.crawl import CrawlExecutor
 
-SMALL = ("json", "email", "queue", "heapq", "wsgiref", "no_such_module_anywhere")
+SMALL = ("json", "queue", "heapq", "wsgiref", "no_such_module_anywhere")
 
 
 def expected_site(site: Path) -> tuple[set[str], dict[str, set[str]]]:
@@ -64,6 +64,8 @@ class StandIn:
         app.add_hook("before_request", self.note_key)
         app.post("/api/distribution/tasks", callback=self.submit)
         app.get("/api/distribution/tasks/stats", callback=self.stats)
+        app.get("/api/distribution/tasks", callback=self.list)
+        app.get("/api/distribution/tasks/<task_id:int>/why", callback=lambda task_id: {"detail": "no device is online"})
         app.get("/api/distribution/tasks/export", callback=self.export)
 
         class Server(ThreadingMixIn, WSGIServer):
@@ -119,6 +121,10 @@ class StandIn:
                 limit = child.get("max_batch_tasks")
                 if limit is None or sum(t["batch"] == batch for t in self.tasks) < limit:
                     self.add(child)
+
+    def list(self) -> dict[str, Any]:
+        found = [task for task in self.tasks if task["status"] == bottle.request.query["status"]]
+        return {"tasks": [{"id": task["id"], "error_message": "refused"} for task in found[:1]], "next_cursor": None}
 
     def export(self) -> Iterator[str]:
         query = bottle.request.query
@@ -197,6 +203,15 @@ def test_an_interrupted_rendering_leaves_no_half_site(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         demo.build_site(tmp_path, interrupt, modules=SMALL)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stop_during_the_rendering_ends_it_without_an_error(master: StandIn, tmp_path: Path) -> None:
+    stop, out = threading.Event(), io.StringIO()
+    stop.set()
+    assert run(master, tmp_path / "site", tmp_path / "out", stop=stop, out=out) is None
+    assert "the same command renders it again" in out.getvalue()
+    assert list((tmp_path / "site").iterdir()) == []
+    assert master.submits == []
 
 
 def test_the_site_server_keeps_its_port_and_serves_nothing_but_the_site(folder: Path) -> None:
@@ -363,14 +378,17 @@ def test_a_busy_master_is_asked_again_and_one_that_stays_away_is_named(
             demo.run(away, "", folder, tmp_path, modules=SMALL, stop=StopAfter(1000), out=io.StringIO())
 
 
-def test_a_batch_in_which_nothing_happens_is_given_up_and_can_be_gone_on_with(
+def test_a_batch_in_which_nothing_happens_says_why_is_given_up_and_can_be_gone_on_with(
     master: StandIn, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     master.works = False
+    out = io.StringIO()
     with monkeypatch.context() as patch:
+        patch.setattr(demo, "HINT_AFTER_SECONDS", 0.0)
         patch.setattr(demo, "STALLED_SECONDS", 0.0)
         with pytest.raises(demo.DemoError, match="nothing happened"):
-            run(master, folder, tmp_path)
+            run(master, folder, tmp_path, out=out)
+    assert out.getvalue().count("task 1 waits: no device is online; refused") == 1
     master.works = True
     summary = run(master, folder, tmp_path)
     assert summary is not None

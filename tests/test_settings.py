@@ -127,6 +127,7 @@ OWN_TEXTS = {
     "master_url": "http://10.0.0.1:9000",
     "load_balance_strategy": "mine:Choice",
     "log_level": "DEBUG",
+    "log_console_level": "ERROR",
 }
 SMALL = ["concurrent_tasks", "max_retry_count", "log_backup_count", "heartbeat_retention_days", "give_up_days"]
 OWN_NUMBERS = dict.fromkeys([*SMALL, "max_event_streams"], "7")
@@ -466,6 +467,15 @@ def test_each_of_the_five_levels_hides_what_is_below_it(log_file: Path, level: s
         logging.getLogger("x").log(logging.getLevelName(name), "said at %s", name)
     said = re.findall(r"said at (\w+)", log_file.read_text(encoding="utf-8"))
     assert said == list(settings.LOG_LEVELS[settings.LOG_LEVELS.index(level) :])
+
+
+def test_the_console_may_be_quieter_than_the_file(log_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logged(log_file, log_console_level="WARNING")
+    logging.getLogger("x").info("only in the file")
+    logging.getLogger("x").warning("in both")
+    assert log_file.read_text(encoding="utf-8").count("\n") == 2
+    err = capsys.readouterr().err
+    assert "in both" in err and "only in the file" not in err
 
 
 def test_a_name_with_line_ends_cannot_forge_a_record(log_file: Path) -> None:

@@ -53,6 +53,13 @@ def test_reports_come_back_after_a_restart_in_order_with_their_bytes(three: Path
     assert all(entry.is_replayed and entry.lease_id == f"lease-{entry.assignment_id}" for entry in spool.pending())
 
 
+def test_a_batch_is_synced_once_and_whole_before_write_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(worker, "sync_file", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
+    Spool(tmp_path, MAX_BYTES).write([report(number) for number in range(100)])
+    assert synced == [path.stat().st_size for path in segments(tmp_path)]
+
+
 def test_what_was_acknowledged_does_not_come_back(three: Path) -> None:
     spool = reopened(three)
     acknowledge(spool, [spool.pending()[1]])
@@ -156,14 +163,14 @@ def test_a_report_that_cannot_be_read_back_does_not_block_the_next(three: Path) 
     assert [entry.assignment_id for entry in spool.lost] == [1]
 
 
-def test_it_is_full_at_its_limit_and_still_takes_what_is_finished(tmp_path: Path) -> None:
+def test_past_its_limit_it_still_takes_what_is_finished(tmp_path: Path) -> None:
     spool = Spool(tmp_path, max_bytes=4096)
     spool.write([report(1, size=4096)])
-    assert spool.is_full
     spool.write([report(2)])
+    assert spool.pending_bytes > spool.max_bytes
     assert numbers(reopened(tmp_path)) == [1, 2]
     acknowledge(spool, spool.pending()[:1])
-    assert not spool.is_full
+    assert spool.pending_bytes == report(2).size
 
 
 @pytest.mark.parametrize("torn_bytes", [0, 5, 40])

@@ -242,16 +242,18 @@ def test_system_info_that_cannot_be_stored_is_dropped() -> None:
         assert wire.decode(beat(system_info=unfit), wire.HeartbeatIn).system_info_text is None
 
 
+DEVICE = {"device_id": "a", "boot_id": "b", "protocol": 1, "task_types": []}
+HELD = [{"assignment_id": 1}]
+
 REFUSED_MESSAGES = [
     (wire.HeartbeatIn, {"seq": 1}, "missing_field", "boot_id"),
     (wire.HeartbeatIn, {"boot_id": "b", "seq": -1}, "invalid_field", "seq"),
-    (wire.HeartbeatIn, {"boot_id": "b", "seq": 1, "holding": [{"assignment_id": 1}]}, "missing_field", "holding[0].lease_id"),
-    (wire.RegisterIn, {"device_id": "a b", "boot_id": "b", "protocol": 1, "task_types": []}, "invalid_field", "device_id"),
-    (wire.RegisterIn, {"device_id": "设备", "boot_id": "b", "protocol": 1, "task_types": []}, "invalid_field", "device_id"),
-    (wire.RegisterIn, {"device_id": "a", "boot_id": "b", "protocol": 1, "task_types": ["x y"]}, "invalid_field", "task_types[0]"),
-    (wire.RegisterIn, {"device_id": "a", "boot_id": "b", "protocol": 1, "task_types": [], "weight": 0}, "invalid_field", "weight"),
-    (wire.RegisterIn, {"device_id": "a", "device_name": "x\ny", "boot_id": "b", "protocol": 1, "task_types": []},
-     "invalid_field", "device_name"),
+    (wire.HeartbeatIn, {"boot_id": "b", "seq": 1, "holding": HELD}, "missing_field", "holding[0].lease_id"),
+    (wire.RegisterIn, {**DEVICE, "device_id": "a b"}, "invalid_field", "device_id"),
+    (wire.RegisterIn, {**DEVICE, "device_id": "设备"}, "invalid_field", "device_id"),
+    (wire.RegisterIn, {**DEVICE, "task_types": ["x y"]}, "invalid_field", "task_types[0]"),
+    (wire.RegisterIn, {**DEVICE, "weight": 0}, "invalid_field", "weight"),
+    (wire.RegisterIn, {**DEVICE, "device_name": "x\ny"}, "invalid_field", "device_name"),
     (wire.StatusIn, {"status": "done"}, "invalid_field", "status"),
     (wire.StatusIn, {"status": "completed"}, "invalid_field", "lease_id"),
     (wire.StatusIn, {"status": "completed", "lease_id": "l", "result": [1]}, "invalid_field", "result"),
@@ -292,7 +294,7 @@ def test_one_bad_report_does_not_block_the_others() -> None:
             {"assignment_id": "x"},
             3,
             report(assignment_id=8),
-        )  # fmt: skip
+        )
     )
     kinds = [type(entry).__name__ for entry in read.entries]
     assert kinds == ["ReportIn", "BadReport", "BadReport", "BadReport", "BadReport", "ReportIn"]
@@ -356,7 +358,8 @@ def test_every_text_of_a_body_is_a_name_a_line_or_free_text_that_is_cleaned(type
 
 REFUSED_QUERIES = [
     ("limit=0", "limit"), ("limit=201", "limit"), ("limit=1.5", "limit"), ("limit=x", "limit"), ("limit=-5", "limit"),
-    ("limit=" + "9" * 5000, "limit"), ("limit=1&limit=2", "limit"), ("wait=nan", "wait"), ("wait=1e5", "wait"), ("wait=26", "wait"),
+    ("limit=" + "9" * 5000, "limit"), ("limit=1&limit=2", "limit"), ("wait=nan", "wait"), ("wait=1e5", "wait"),
+    ("wait=26", "wait"),
     ("status=done", "status"), ("status=pending,,", "status"), ("created_after=yesterday", "created_after"),
     ("created_before=2026-02-01", "created_before"), ("batch=a%00b", "batch"), ("task_type=a%20b", "task_type"),
     ("parent_id=0", "parent_id"), ("format=xml", "format"), ("statsu=failed", "statsu"),
@@ -391,7 +394,8 @@ def test_a_query_is_read_with_its_types_and_its_chinese() -> None:
         "batch=%E6%89%B9%E6%AC%A1&status=failed,running&limit=7&wait=2.5&created_after=1970-01-01T00:00:02Z&text="
     )
     assert found == {
-        "batch": "批次", "status": ("failed", "running"), "limit": 7, "wait": 2.5, "created_after": 2.0, "format": "jsonl",
+        "batch": "批次", "status": ("failed", "running"), "limit": 7, "wait": 2.5, "created_after": 2.0,
+        "format": "jsonl",
     }  # fmt: skip
 
 

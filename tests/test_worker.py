@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, Optional
 
 import pytest
+import requests
 from fake_master import Answer, Dripping, FakeMaster, captive_portal, problem
 
 import worker
@@ -100,7 +101,9 @@ class Device:
         run = f"import os, worker\n{patch}\nos._exit(worker.main())"
         command = [sys.executable, "-c", run] if patch else [sys.executable, str(ROOT / "worker.py")]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("AF_")}
-        environment.update(AF_API_KEY=key, PYTHONPATH=str(ROOT))
+        # requests would send this one's password in place of our key, if it were let.
+        (self.folder / "netrc").write_text("machine 127.0.0.1 login ann password wrong")
+        environment.update(AF_API_KEY=key, PYTHONPATH=str(ROOT), NETRC=str(self.folder / "netrc"))
         with open(self.folder / "stderr", "ab") as stderr:
             self.process = subprocess.Popen(
                 [*command, *flags], stdin=stdin, stdout=stderr, stderr=stderr, env=environment, cwd=self.folder
@@ -359,6 +362,7 @@ def test_after_kill_9_what_was_acknowledged_is_not_reported_again(master: FakeMa
     eventually(lambda: not device.spooled(), "the acknowledgements on disk")
     device.kill()
     device.start()
+    master.wait_for(lambda: len(master.registers) == 2, "the second process")
     master.wait_for_report(master.give("echo"))
     assert master.registers[-1]["holding"] == []
     assert all(len(master.reports_of(task)) == 1 for task in tasks)
@@ -734,3 +738,102 @@ def test_a_log_line_has_no_line_break_of_a_master(master: FakeMaster, device: De
     device.start()
     assert device.wait() == ExitCode.REFUSED
     assert not re.search(r"^ERROR forged line", device.said, re.MULTILINE)
+
+
+# ---- with the real master ----
+
+
+class RealMaster:
+    """master.py as it runs in production, on a free port, with its database in a temporary folder."""
+
+    def __init__(self, folder: Path) -> None:
+        database, log = str(folder / "master.db"), str(folder / "master.log")
+        command = [sys.executable, str(ROOT / "master.py"), "--port", "0", "--database", database, "--log-file", log]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("AF_")}
+        environment.update(AF_API_KEY=KEY)
+        with open(folder / "master.stderr", "wb") as stderr:
+            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, env=environment, cwd=ROOT)
+        assert self.process.stdout is not None
+        words = self.process.stdout.readline().split()
+        assert words[:1] == [b"ready"], (folder / "master.stderr").read_text()
+        self.url = words[1].decode()
+        self.session = requests.Session()
+        self.session.headers["Authorization"] = f"Bearer {KEY}"
+
+    def call(self, method: str, path: str, body: Any = None) -> Any:
+        reply = self.session.request(method, f"{self.url}/api/distribution{path}", json=body, timeout=10)
+        assert reply.ok, reply.text
+        return reply.json()
+
+    def submit(self, *tasks: tuple[str, dict]) -> list[int]:
+        body = [{"task_type": task_type, "task_data": task_data} for task_type, task_data in tasks]
+        return [entry["id"] for entry in self.call("POST", "/tasks", body)["tasks"]]
+
+    def task(self, number: int) -> dict:
+        return self.call("GET", f"/tasks/{number}")  # type: ignore[no-any-return]
+
+    def count(self, state: str) -> int:
+        return int(self.call("GET", "/system/overview")["tasks"].get(state, 0))
+
+
+@pytest.fixture
+def real_master(tmp_path: Path) -> Iterator[RealMaster]:
+    found = RealMaster(tmp_path)
+    yield found
+    found.process.terminate()
+    found.process.communicate(timeout=20)
+
+
+def test_with_a_real_master_every_task_is_completed_at_its_first_attempt(
+    tmp_path: Path, real_master: RealMaster
+) -> None:
+    device = Device(tmp_path, real_master.url)
+    try:
+        device.start()
+        numbers = real_master.submit(*[("counting", {"file": str(tmp_path / "runs")}) for _ in range(200)])
+        eventually(lambda: real_master.count("completed") == 200, "200 completed")
+        assert (tmp_path / "runs").read_text() == "ran\n" * 200
+        assert all(len(real_master.task(number)["attempts"]) == 1 for number in numbers[::20])
+    finally:
+        device.kill()
+
+
+def test_with_a_real_master_a_killed_device_delivers_its_spool_and_the_rest_runs_again(
+    tmp_path: Path, real_master: RealMaster
+) -> None:
+    device = Device(tmp_path, real_master.url)
+    try:
+        # A first device that can finish but not report: its reports stay in the spool.
+        device.start("--concurrent-tasks", "2", patch="worker.Reporter.send = lambda self: __import__('time').sleep(1)")
+        done, killed = real_master.submit(("echo", {"n": 1}), ("blocked", {"until": str(tmp_path / "go")}))
+        eventually(device.spooled, "the report on disk")
+        eventually(lambda: real_master.task(killed)["status"] == "assigned", "the other delivered")
+        device.kill()
+        (tmp_path / "go").touch()
+        device.start()
+        eventually(lambda: real_master.count("completed") == 2, "both completed")
+        assert len(real_master.task(done)["attempts"]) == 1
+        assert len(real_master.task(killed)["attempts"]) == 2
+    finally:
+        device.kill()
+
+
+def test_with_a_real_master_a_cancelled_task_is_told_and_a_stop_hands_back_without_a_retry(
+    tmp_path: Path, real_master: RealMaster
+) -> None:
+    device = Device(tmp_path, real_master.url)
+    try:
+        device.start("--drain-seconds", "0.2")
+        cancelled, back = real_master.submit(
+            ("obedient", {"file": str(tmp_path / "saw")}), ("blocked", {"until": str(tmp_path / "go")})
+        )
+        eventually(lambda: real_master.count("running") == 2, "both running")
+        real_master.call("POST", f"/tasks/{cancelled}/cancel", {"reason": "a test"})
+        eventually((tmp_path / "saw").exists, "the executor to see it")
+        device.signal(signal.SIGTERM)
+        assert device.wait() == ExitCode.OK
+        task = real_master.task(back)
+        assert (task["status"], task["retry_count"], task["lost_count"]) == ("pending", 0, 0)
+        assert real_master.task(cancelled)["status"] == "cancelled"
+    finally:
+        device.kill()

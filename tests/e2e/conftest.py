@@ -28,7 +28,7 @@ CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrom
 
 
 class MasterProcess:
-    """`python master.py` on a free port and a database in `folder`; what a test needs of the API, in one line a call."""
+    """`python master.py` on a free port, its database in `folder`; and what a test needs of the API."""
 
     def __init__(self, folder: Path, **settings: Any) -> None:
         self.key: str = settings.get("api_key", "")
@@ -110,8 +110,23 @@ class MasterProcess:
         assert answer["outcome"] == "accepted", answer
 
 
+@pytest.fixture(scope="session")
+def launch_master(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., MasterProcess]]:
+    """Starts a master that lives until the end of the tests."""
+    started: list[MasterProcess] = []
+
+    def launch(**settings: Any) -> MasterProcess:
+        started.append(MasterProcess(tmp_path_factory.mktemp("master"), **settings))
+        return started[-1]
+
+    yield launch
+    for master in started:
+        master.stop()
+
+
 @pytest.fixture
 def start_master(tmp_path: Path) -> Iterator[Callable[..., MasterProcess]]:
+    """Starts a master that lives as long as the test."""
     started: list[MasterProcess] = []
 
     def start(**settings: Any) -> MasterProcess:

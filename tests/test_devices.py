@@ -1,0 +1,211 @@
+"""Registration, heartbeats, silence: who is there, and what it holds."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import START, World
+
+import devices
+from devices import Held
+
+
+def held(task: object, phase: str = "running", progress: float | None = None) -> Held:
+    return Held(task.assignment_id, task.lease_id, phase, progress)  # type: ignore[attr-defined]
+
+
+def device(world: World, device_id: str = "shop-1") -> dict:
+    return world.rows("SELECT * FROM af_device WHERE device_id = ?", device_id)[0]
+
+
+def test_a_silent_devices_tasks_are_released_after_its_timeout(world: World) -> None:
+    task_id = world.submit()
+    world.take(start=True)
+    world.now += 300
+    assert world.store.write(devices.release_silent, world.presence, 300.0) == 0
+    world.now += 1
+    assert world.store.write(devices.release_silent, world.presence, 300.0) == 1
+    row = world.row(task_id)
+    assert (row["status"], row["lost_count"], row["avoid_device_id"]) == ("pending", 1, "shop-1")
+
+
+def test_a_heartbeat_keeps_the_tasks_of_its_device(world: World) -> None:
+    world.submit()
+    task = world.take(start=True)
+    for _ in range(10):
+        world.now += 200
+        assert world.beat(holding=(held(task),)) == []
+        assert world.store.write(devices.release_silent, world.presence, 300.0) == 0
+
+
+def test_the_first_silence_after_a_master_start_counts_nowhere(world: World) -> None:
+    task_id = world.submit()
+    world.take(start=True)
+    world.now += 1000
+    world.presence = devices.Presence(watching_since=world.now)
+    assert world.store.write(devices.release_silent, world.presence, 300.0) == 0
+    world.now += 301
+    assert world.store.write(devices.release_silent, world.presence, 300.0) == 1
+    row = world.row(task_id)
+    assert (row["status"], row["lost_count"]) == ("pending", 0)
+
+
+def test_a_delivered_task_missing_from_two_beats_in_a_row_is_released(world: World) -> None:
+    task_id = world.submit()
+    world.take(start=True)
+    world.now += 1
+    world.beat()
+    assert world.row(task_id)["status"] == "running"
+    world.now += 30
+    world.beat()
+    assert world.row(task_id)["status"] == "pending"
+
+
+def test_a_task_missing_from_one_beat_only_is_kept(world: World) -> None:
+    task_id = world.submit()
+    task = world.take(start=True)
+    for holding in ((), (held(task),), (), (held(task),)):
+        world.now += 30
+        world.beat(holding=holding)
+    assert world.row(task_id)["status"] == "running"
+
+
+def test_what_was_given_away_comes_back_in_cancel(world: World) -> None:
+    world.submit()
+    old = world.take("shop-1", start=True)
+    world.lose()
+    world.take("shop-2", start=True)
+    assert world.beat("shop-1", holding=(held(old),)) == [old.assignment_id]
+
+
+def test_a_beat_adopts_a_task_that_went_back_while_the_device_was_away(world: World) -> None:
+    task_id = world.submit()
+    task = world.take(start=True)
+    world.lose()
+    assert world.beat(holding=(held(task),)) == []
+    row = world.row(task_id)
+    assert (row["status"], row["lost_count"]) == ("running", 0)
+
+
+def test_a_beat_starts_a_task_in_the_books_and_shows_its_progress(world: World) -> None:
+    task_id = world.submit()
+    task = world.take()
+    world.beat(holding=(held(task, progress=0.25),))
+    world.beat(holding=(held(task, progress=0.5),))
+    assert world.row(task_id)["status"] == "running"
+    assert world.attempt(task.assignment_id)["progress"] == 0.5
+
+
+def test_a_forged_lease_in_a_beat_is_not_believed(world: World) -> None:
+    world.submit()
+    task = world.take()
+    forged = Held(task.assignment_id, "f" * 32, "running")
+    assert world.beat(holding=(forged,)) == [task.assignment_id]
+
+
+def test_an_overtaken_beat_changes_nothing(world: World) -> None:
+    world.register()
+    world.beat(cpu_usage=50.0)
+    world.beat(cpu_usage=60.0)
+    world.beats["shop-1"] = 0
+    world.beat(cpu_usage=10.0)
+    assert device(world)["cpu_usage"] == 60.0
+
+
+def test_a_new_process_releases_at_once_what_it_does_not_hold(world: World) -> None:
+    kept, lost = world.submit(), world.submit()
+    world.register()
+    tasks = {task.id: task for task in world.pull(limit=2)}
+    for task in tasks.values():
+        world.report(task, "running")
+    answer = world.register(boot_id="boot-2", holding=(held(tasks[kept], "reporting"),))
+    assert answer.keep == [tasks[kept].assignment_id]
+    assert (world.row(kept)["status"], world.row(lost)["status"]) == ("running", "pending")
+
+
+def test_a_task_that_kills_three_devices_processes_is_poison(world: World) -> None:
+    task_id = world.submit()
+    for n in range(3):
+        name = f"shop-{n}"
+        world.register(name)
+        world.take(name, start=True)
+        world.register(name, boot_id="after-the-crash")
+    assert world.row(task_id)["end_reason"] == "poison"
+
+
+def test_the_older_process_of_a_device_is_told_to_stop(world: World) -> None:
+    world.register(boot_id="old")
+    world.register(boot_id="new")
+    world.boots["shop-1"] = "old"
+    with pytest.raises(devices.Superseded):
+        world.beat()
+    with pytest.raises(devices.Superseded):
+        world.pull()
+    with pytest.raises(devices.Superseded):
+        world.register(boot_id="old")
+
+
+def test_a_third_change_within_five_minutes_is_a_conflict_until_a_person_decides(world: World) -> None:
+    world.register(boot_id="a")
+    for boot_id in ("b", "c", "d"):
+        world.now += 60
+        world.register(boot_id=boot_id)
+    assert device(world)["conflict"] == 1
+    with pytest.raises(devices.DeviceConflict):
+        world.beat()
+    with pytest.raises(devices.DeviceConflict):
+        world.register(boot_id="e")
+    world.store.write(devices.set_wanted, "shop-1", "active", None)
+    world.register(boot_id="e")
+    assert device(world)["conflict"] == 0
+    world.beat()
+
+
+def test_slow_restarts_are_no_conflict(world: World) -> None:
+    for n in range(6):
+        world.now += 200
+        world.register(boot_id=f"boot-{n}")
+    assert device(world)["conflict"] == 0
+
+
+def test_a_device_that_says_goodbye_may_restart_as_often_as_it_likes(world: World) -> None:
+    for n in range(6):
+        world.now += 5
+        world.beats.clear()
+        world.register(boot_id=f"boot-{n}")
+        world.beat(is_leaving=True)
+    assert device(world)["conflict"] == 0
+
+
+def test_goodbye_hands_everything_back(world: World) -> None:
+    task_id = world.submit()
+    world.take(start=True)
+    world.beat(is_leaving=True)
+    row = world.row(task_id)
+    assert (row["status"], row["lost_count"]) == ("pending", 0)
+
+
+def test_disabling_a_device_hands_its_tasks_back_and_tells_it(world: World) -> None:
+    task_id = world.submit()
+    task = world.take(start=True)
+    world.store.write(devices.set_wanted, "shop-1", "disabled", "noisy")
+    assert world.row(task_id)["status"] == "pending"
+    assert world.beat(holding=(held(task, "queued"),)) == [task.assignment_id]
+
+
+def test_a_removed_device_is_unknown_and_its_tasks_go_elsewhere(world: World) -> None:
+    task_id = world.submit()
+    world.take(start=True)
+    world.store.write(devices.forget, world.presence, "shop-1")
+    assert world.row(task_id)["status"] == "pending"
+    with pytest.raises(devices.UnknownDevice):
+        world.beat()
+    with pytest.raises(devices.UnknownDevice):
+        world.store.write(devices.forget, world.presence, "shop-1")
+
+
+def test_a_step_of_the_wall_clock_releases_nothing(world: World) -> None:
+    world.submit()
+    world.take(start=True)
+    world.wall_offset = 7200.0
+    assert world.store.write(devices.release_silent, world.presence, 300.0) == 0
+    assert world.presence.watching_since == START
