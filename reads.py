@@ -45,7 +45,7 @@ DEVICE_COLUMNS = (
     "device_id", "device_name", "device_type", "ip_address", "wanted", "wanted_reason", "conflict", "task_types",
     "tags", "weight", "max_concurrent_tasks", "version", "protocol", "last_heartbeat_at", "cpu_usage", "memory_usage",
     "disk_usage", "active_tasks", "system_info", "last_finished_at", "registered_at", "consecutive_failures",
-    "completed_count", "failed_count", "lost_count", "total_duration_seconds",
+    "completed_count", "failed_count", "lost_count", "total_duration_seconds", "boot_id",
 )  # fmt: skip
 TASK_SQL = ", ".join(TASK_COLUMNS)
 BEAT_COLUMNS = ("heartbeat_at", "cpu_usage", "memory_usage", "disk_usage", "active_tasks")
@@ -436,9 +436,9 @@ class Reads:
         """{status: n}, every status named."""
         held = self.assigned_counts()
         found = dict.fromkeys(DEVICE_STATES, 0)
-        sql = "SELECT device_id, wanted, conflict, last_heartbeat_at, max_concurrent_tasks FROM af_device"
-        for device_id, wanted, conflict, seen_at, slots in self._all_rows(sql):
-            silent = None if seen_at is None else now - seen_at
+        sql = "SELECT device_id, wanted, conflict, last_heartbeat_at, max_concurrent_tasks, boot_id FROM af_device"
+        for device_id, wanted, conflict, seen_at, slots, boot_id in self._all_rows(sql):
+            silent = None if seen_at is None or boot_id is None else now - seen_at
             found[device_status(wanted, conflict, silent, held.get(device_id, 0), slots, device_timeout)] += 1
         return found
 
@@ -528,9 +528,11 @@ def _device_row(row: Sequence[Any], assigned_count: int, now: float, device_time
     device = dict(zip(DEVICE_COLUMNS, row))
     seen_at, conflict = device["last_heartbeat_at"], device.pop("conflict")
     silent = None if seen_at is None else now - seen_at
+    said_goodbye = device.pop("boot_id") is None
     status = device_status(
-        device["wanted"], conflict, silent, assigned_count, device["max_concurrent_tasks"], device_timeout
-    )
+        device["wanted"], conflict, None if said_goodbye else silent, assigned_count, device["max_concurrent_tasks"],
+        device_timeout,
+    )  # fmt: skip
     for name in ("task_types", "tags", "system_info"):
         device[name] = json.loads(device[name]) if device[name] else None
     return {

@@ -209,6 +209,10 @@ class Batch(Table):
         table_name = "af_batch"
 
 
+# The three tables below have rowids on purpose: SQLite 3.40's quick_check sees NULL in every sound row of a table WITHOUT
+# ROWID that has a key of several columns, and the master would refuse its own file at the next start.
+
+
 class Count(Table):
     writer_id = IntegerField()
     scope = TextField()
@@ -219,7 +223,6 @@ class Count(Table):
     class Meta:
         table_name = "af_count"
         primary_key = CompositeKey("writer_id", "scope", "name", "state")
-        without_rowid = True
 
 
 class _Rollup(Table):
@@ -239,7 +242,6 @@ class Minute(_Rollup):
     class Meta:
         table_name = "af_minute"
         primary_key = CompositeKey("minute_at", "scope", "name")
-        without_rowid = True
 
 
 class Hour(_Rollup):
@@ -248,7 +250,6 @@ class Hour(_Rollup):
     class Meta:
         table_name = "af_hour"
         primary_key = CompositeKey("hour_at", "scope", "name")
-        without_rowid = True
 
 
 class Meta(Table):

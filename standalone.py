@@ -140,7 +140,7 @@ class Child:
         return self.ready_line
 
     def stop(self, seconds: float) -> int:
-        """Asks it to end, kills it after `seconds`; returns its exit code."""
+        """Asks it to end, kills it after `seconds`; returns its exit code, 0 where it did as asked."""
         process = self.process
         if process is None:
             return 0
@@ -155,7 +155,8 @@ class Child:
         if process.stdin is not None:
             with contextlib.suppress(OSError):
                 process.stdin.close()
-        return process.returncode
+        # Asked before it could listen to the signal, it ends by it: that is no failure.
+        return 0 if process.returncode == -signal.SIGTERM else process.returncode
 
     def kill(self) -> None:
         if self.process is not None and self.process.poll() is None:

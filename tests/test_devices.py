@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import START, World
+from world import START, World
 
 import devices
 from devices import Held

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import World
+from world import World
 
 import db
 import devices

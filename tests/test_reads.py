@@ -52,7 +52,7 @@ class Fleet:
         return [submitted.id for submitted in made if submitted.id is not None]
 
     def add_device(self, device_id: str, **columns: Any) -> None:
-        row = {"device_id": device_id, "device_name": device_id, "registered_at": self.now, "max_concurrent_tasks": 1,
+        row = {"device_id": device_id, "device_name": device_id, "boot_id": "boot-1", "registered_at": self.now, "max_concurrent_tasks": 1,
                "last_heartbeat_at": self.now, "task_types": '["crawl"]', **columns}  # fmt: skip
         names = ", ".join(row)
         marks = ", ".join("?" * len(row))

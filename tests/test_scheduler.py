@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import World
+from world import World
 
 import db
 from scheduler import Scheduler, Times
@@ -116,9 +116,9 @@ def test_finished_tasks_end_with_their_retention_and_their_pages_go_back_to_the_
     world.register()
     for _ in range(100):
         world.submit(task_data='{"x": "' + "y" * 5000 + '"}', batch="old")
-    waiting = world.submit()
     for task in world.pull(limit=100):
         world.report(task, "completed")
+    waiting = world.submit()
     pages_before = world.rows("PRAGMA page_count")[0]["page_count"]
     world.now += 31 * DAY
     assert world.store.write(scheduler.delete_finished) == 100

@@ -192,6 +192,8 @@ def test_a_full_disk_loses_nothing_and_heals(tmp_path: Path, monkeypatch: pytest
     spool.write([])
     assert spool.is_writable
     assert numbers(reopened(tmp_path)) == [1, 2, 3]
+    acknowledge(spool, spool.pending())
+    assert numbers(reopened(tmp_path)) == []
 
 
 def test_what_is_set_aside_does_not_grow_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import World
+from world import World
 
 import db
 from transaction import Policy, Tx

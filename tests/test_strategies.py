@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import World
+from world import World
 
 import strategies
 from strategies import Candidate, StrategyError, find_strategy

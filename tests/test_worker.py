@@ -340,6 +340,7 @@ def test_a_result_survives_kill_9_and_goes_out_before_the_first_pull(master: Fak
     master.script["report"].clear()
     pulls_before = len(master.pulls)
     order: list[str] = []
+    master.script["report"].extend([problem(503, "busy")] * 3)
     master.script["report"].append(lambda sent: order.append("report") or master._report(sent))
     master.script["pull"].append(lambda sent: order.append("pull") or master._pull(sent))
     device.start()
@@ -499,8 +500,9 @@ def test_after_an_outage_the_results_made_meanwhile_arrive(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "answer",
     [captive_portal(), Answer(500, {"code": "bug"}), Answer(200, b"[]"), Answer(502, b"", kind="text/html"),
-     Answer(403, b"<html>proxy</html>", kind="text/html"), Answer(200, b"{" * 100_000)],
-    ids=["captive portal", "500", "no object", "gateway", "proxy 403", "garbage"],
+     Answer(403, b"<html>proxy</html>", kind="text/html"), Answer(200, b"{" * 100_000),
+     Answer(200, {"settings": {}}, kind="text/html")],
+    ids=["captive portal", "500", "no object", "gateway", "proxy 403", "garbage", "JSON as HTML"],
 )  # fmt: skip
 def test_what_is_no_answer_of_a_master_counts_as_unreachable(
     master: FakeMaster, device: Device, answer: Answer
@@ -548,7 +550,8 @@ def test_a_refusal_for_good_ends_it_with_one_sentence(
 
 def test_a_refused_key_leaves_the_results_of_running_tasks_in_the_spool(master: FakeMaster, device: Device) -> None:
     task = master.give("blocked", {"until": str(device.folder / "go")})
-    device.start()
+    slow_disk = "import time; write = worker.Spool.write\nworker.Spool.write = lambda *a: (time.sleep(0.3), write(*a))"
+    device.start(patch=slow_disk)
     master.wait_for(lambda: master.is_holding(task, "running"), "the task in holding[]")
     for route in ("beat", "report", "pull"):
         master.script[route].extend(problem(401, "unauthorized") for _ in range(1000))
@@ -622,6 +625,28 @@ def test_a_second_signal_ends_it_at_once(master: FakeMaster, device: Device) -> 
     eventually(lambda: "drain busy=1" in device.said, "the drain")
     device.signal(signal.SIGTERM)
     assert device.wait() == 130
+
+
+def test_a_stop_does_not_wait_for_the_next_try_to_deliver_what_is_finished(tmp_path: Path) -> None:
+    with FakeMaster() as master:
+        master.settings["reconnect_spread_seconds"] = 3000
+        device = Device(tmp_path, master.url)
+        try:
+            task = master.give("blocked", {"until": str(tmp_path / "go")})
+            longest_waits = "worker.random.uniform = lambda low, high: high"
+            device.start("--reconnect-seconds", "3000", "--pull-wait-seconds", "1", patch=longest_waits)
+            master.wait_for(lambda: master.reports_of(task, starts=True), "the start")
+            master.stop()
+            eventually(lambda: "master lost" in device.said, "the line about the outage", seconds=15)
+            (tmp_path / "go").touch()
+            eventually(device.spooled, "the report on disk")
+            with FakeMaster(master.port) as again:
+                device.signal(signal.SIGTERM)
+                assert device.wait() == ExitCode.OK
+                assert [entry["outcome"] for entry in again.reports_of(task)] == ["completed"]
+                assert again.beats[-1]["leaving"] is True
+        finally:
+            device.kill()
 
 
 def test_it_stops_at_once_where_the_master_was_never_there(tmp_path: Path) -> None:

@@ -1,0 +1,62 @@
+# Bare `make` prints this help. Everything runs from .venv, which the first target that needs it makes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+REQUIREMENTS := $(wildcard requirements*.txt)
+
+.PHONY: help
+help:  ## print this help
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/.stamp-run: requirements.txt requirements-worker.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "Python 3.10 or newer is needed; write make PYTHON=python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing the pinned requirements into $(VENV) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/.stamp-dev: $(REQUIREMENTS) $(VENV)/.stamp-run
+	@echo "installing what tests and benches need into $(VENV) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+.PHONY: demo
+demo: $(VENV)/.stamp-run  ## crawl Python's documentation through the task system, with the dashboard open
+	@$(BIN)/python standalone.py --demo $(DEMO)
+
+.PHONY: run
+run: $(VENV)/.stamp-run  ## a master and one worker on this machine: python standalone.py
+	@$(BIN)/python standalone.py
+
+.PHONY: test
+test: $(VENV)/.stamp-dev  ## all tests but the long ones, under two minutes
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
+
+.PHONY: test-slow
+test-slow: $(VENV)/.stamp-dev  ## the long tests
+	@$(BIN)/python -m pytest -m slow --timeout 1200 $(ARGS)
+
+.PHONY: check
+check: $(VENV)/.stamp-dev  ## ruff, mypy, and whether the generated documents are fresh
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet . || { echo "not formatted: run make format"; exit 1; }
+	@$(BIN)/mypy
+	@$(BIN)/python scripts/make_docs.py --check
+
+.PHONY: format
+format: $(VENV)/.stamp-dev  ## format the code
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+.PHONY: docs
+docs: $(VENV)/.stamp-dev  ## make the generated documents again
+	@$(BIN)/python scripts/make_docs.py
+
+.PHONY: bench
+bench: $(VENV)/.stamp-dev  ## first figures: end to end, bulk submit, idle latency
+	@$(BIN)/python bench/run.py $(ARGS)
+
+.PHONY: clean
+clean:  ## remove .venv and caches; never data, logs or output
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

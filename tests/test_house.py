@@ -1,0 +1,105 @@
+"""Who may import whom: the house stays a house."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# file -> what it may import besides the standard library, and why the line is drawn there
+HOUSE: dict[str, tuple[str, str]] = {
+    "settings": ("", "every program and every device reads it, so it must run anywhere"),
+    "strategies": ("", "a strategy is a function of what it is given"),
+    "clock": ("", "time is an argument everywhere else"),
+    "reasons": ("", "why a task waits is worked out from rows, not looked up"),
+    "values": ("msgspec", "which values may be stored is no matter of routes or tables"),
+    "wire": ("msgspec values", "what a valid message is, is no matter of routes or tables"),
+    "access": ("settings", "who may ask is decided before anything else is looked at"),
+    "writer": ("peewee", "how a write becomes durable has nothing to do with tasks"),
+    "schema": ("peewee", "tables know no verbs"),
+    "transaction": ("", "what a job has changed so far is plain bookkeeping"),
+    "db": ("schema transaction", "transitions know no HTTP, no schedule and no strategy"),
+    "devices": ("db schema transaction", "what a device is needs the verbs, not the API"),
+    "store": ("peewee schema transaction writer", "the file and its lock are no matter of tasks"),
+    "listing": ("", "how a list is walked is SQL alone"),
+    "reads": ("peewee listing", "questions never use a verb"),
+    "dispatcher": ("db devices schema store strategies transaction writer", "dispatch knows no HTTP and no schedule"),
+    "scheduler": ("schedule db devices dispatcher store transaction", "what time does knows no HTTP"),
+    "events": ("transaction", "telling what happened changes nothing"),
+    "export": ("msgspec", "a file format is no matter of routes or tables"),
+    "metrics": ("prometheus_client reads", "one home for Prometheus"),
+    "openapi": ("msgspec values", "the document is made from types, not from handlers"),
+    "web": ("bottle access devices openapi reads strategies wire writer", "one home for bottle"),
+    "api": (
+        "msgspec access db devices dispatcher events export metrics openapi reads reasons settings store strategies"
+        " transaction web wire",
+        "routes are thin; they never run tasks or talk to other servers",
+    ),
+    "server": ("granian", "how the app meets the network is no matter of the app"),
+    "master": (
+        "access api clock devices dispatcher events metrics reads scheduler server settings store strategies"
+        " transaction web",
+        "an outline of the master; never a worker's or an executor's",
+    ),
+    "worker": ("requests psutil settings executors", "it is copied to machines that have nothing else"),
+    "standalone": ("settings demo", "it starts the same programs as in production and never opens the database"),
+    "demo": ("requests settings", "it uses the public API only"),
+    "main": ("requests settings tqdm master worker standalone", "each mode is imported when it is asked for"),
+}
+EXECUTORS = ("requests urllib3 parsel cssselect executors", "an edge machine has no peewee, no bottle and no schedule")
+
+
+def imports_of(path: Path) -> set[str]:
+    """Top-level names of all modules that a file imports, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add((node.module or "").partition(".")[0])
+    return found
+
+
+def foreign(path: Path) -> set[str]:
+    import sys
+
+    return {name for name in imports_of(path) if name not in sys.stdlib_module_names} - {"__future__"}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in ROOT.glob("*.py")))
+def test_a_file_imports_only_what_the_house_allows(name: str) -> None:
+    assert name in HOUSE, f"{name}.py is new: which question does it answer, and whom may it import? Say so in HOUSE."
+    allowed, why = HOUSE[name]
+    surplus = foreign(ROOT / f"{name}.py") - set(allowed.split())
+    assert not surplus, f"{name}.py must not import {', '.join(sorted(surplus))}: {why}."
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "executors").glob("*.py")), ids=lambda path: path.name)
+def test_an_executor_needs_nothing_of_the_master(path: Path) -> None:
+    allowed, why = EXECUTORS
+    surplus = foreign(path) - set(allowed.split())
+    assert not surplus, f"executors/{path.name} must not import {', '.join(sorted(surplus))}: {why}."
+
+
+@pytest.mark.parametrize(
+    ("library", "home"),
+    [("bottle", "web"), ("granian", "server"), ("schedule", "scheduler"), ("prometheus_client", "metrics")],
+)
+def test_each_library_has_one_home(library: str, home: str) -> None:
+    users = [path.stem for path in sorted(ROOT.glob("*.py")) if library in imports_of(path)]
+    assert users == [home]
+
+
+def test_the_dashboard_talks_to_the_public_api_only() -> None:
+    for path in sorted((ROOT / "static").glob("*.js")):
+        text = path.read_text(encoding="utf-8")
+        assert "http://" not in text.replace("http://www.w3.org", "").replace("http://HOST", ""), path.name
+        assert "innerHTML" not in text and "eval(" not in text, path.name
+
+
+def test_no_file_of_the_house_is_named_for_nothing() -> None:
+    vague = {"utils", "util", "common", "helpers", "helper", "core", "models", "manager", "misc"}
+    assert not vague & {path.stem for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
