@@ -72,7 +72,7 @@ def _run_job(options: argparse.Namespace, settings: Settings, family: Family) ->
         demo.crawl(options.crawl, options.max_pages, options.depth, master_url=family.url, api_key=settings.api_key,
                    output_folder=options.output / "crawl", stop=family.stopping)  # fmt: skip
     else:
-        site = ROOT / "data" / "demo-site"
+        site = Path(settings.database).parent / "demo-site"
         demo.run(family.url, settings.api_key, site, options.output / "demo", stop=family.stopping)
 
 

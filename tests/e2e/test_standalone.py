@@ -76,7 +76,7 @@ def test_the_demo_finds_the_reachable_pages_and_dead_links_of_its_site(demo: tup
     found = {page["url"].split("/", 3)[3] or "index.html": page["status"] for page in pages}
     assert {name for name, status in found.items() if status == 200} == reachable
     lines = (batch / "dead-links.tsv").read_text(encoding="utf-8").splitlines()[1:]
-    assert {line.split("\t")[0].rpartition("/")[2] for line in lines} == set(dead)
+    assert {line.split("\t")[1].rpartition("/")[2] for line in lines} == set(dead)
 
 
 def test_the_demo_shows_progress_and_a_summary_without_noise(demo: tuple[Program, Path]) -> None:
