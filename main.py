@@ -14,188 +14,25 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import hashlib
 import importlib
-import ipaddress
 import json
 import os
-import random
 import re
 import sys
-import time
 import unicodedata
-import urllib.parse
 from pathlib import Path
 from typing import IO, Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import settings as knobs
+from client import CommandFailed, Master, Refused, master_address
 from settings import MODES, ExitCode, Settings, SettingsError, one_line
+from task_files import Line, canonical_json, read_tasks
 
 CLIENT_KEYS = ("mode", "host", "port", "master_url")
 CHUNK_TASKS = 1000
 # Below the master's smallest sensible limit for a body (8 MiB unless changed), with room for the envelope.
 CHUNK_BYTES = 4 * 1024 * 1024
-LONGEST_TASK_BYTES = 4 * 1024 * 1024
-READ_BYTES = 64 * 1024
-# Waits of about 0.5, 1, 2, 4 and 8 s: a master that restarts is back by then.
-ATTEMPTS = 6
-FIRST_WAIT_SECONDS = 0.5
-LONGEST_WAIT_SECONDS = 30.0
-CONNECT_AND_READ_SECONDS = (5.0, 60.0)
-BUSY_STATUSES = (429, 502, 503, 504)
-
-
-class CommandFailed(Exception):
-    """One sentence for stderr and the exit code."""
-
-    def __init__(self, message: str, exit_code: int = ExitCode.UNREACHABLE) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
-# ---- the master, from outside ----
-
-
-def master_address(settings: Settings, arguments: argparse.Namespace) -> str:
-    """Where commands find the master: what was said last and most clearly, else the mode's own way to know it."""
-    says_url = bool(arguments.master_url or os.environ.get("AF_MASTER_URL"))
-    says_host = bool(arguments.host or arguments.port)
-    if arguments.master_url or (not says_host and (says_url or settings.mode == "worker")):
-        return settings.master_url
-    if settings.port == 0:
-        raise CommandFailed(
-            "port 0 means any free port; say which it is with --port or --master-url", ExitCode.SETTINGS
-        )
-    host = settings.host.strip("[]")
-    with contextlib.suppress(ValueError):
-        address = ipaddress.ip_address(host)
-        if address.is_unspecified:  # listens everywhere, so also here
-            host = "127.0.0.1" if address.version == 4 else "::1"
-        if address.version == 6:
-            host = f"[{host}]"
-    return f"http://{host}:{settings.port}"
-
-
-class Master:
-    """The public API of one master, with the key, bounded retries, and every trouble as one CommandFailed."""
-
-    def __init__(
-        self, url: str, api_key: str, *, attempts: int = ATTEMPTS, pause: Callable[[float], None] = time.sleep
-    ):
-        import requests
-
-        self.url = url
-        self._attempts = attempts
-        self._pause = pause
-        self._errors = requests.exceptions
-        self._session = requests.Session()
-        # A proxy from the environment is never the way to this machine.
-        self._session.trust_env = not knobs.is_loopback(urllib.parse.urlsplit(url).hostname or "")
-
-        def authorize(request: Any) -> Any:
-            """As an auth hook, so that a .netrc cannot put another password in its place."""
-            if api_key:
-                request.headers["Authorization"] = f"Bearer {api_key}"
-            return request
-
-        self._session.auth = authorize
-
-    def get(self, path: str, **parameters: object) -> Any:
-        return self._json(self._answer("GET", path, params=parameters))
-
-    def post(self, path: str, body: bytes) -> Any:
-        return self._json(self._answer("POST", path, data=body, headers={"Content-Type": "application/json"}))
-
-    @contextlib.contextmanager
-    def stream(self, path: str, **parameters: object) -> Iterator[Iterator[bytes]]:
-        """The body in pieces; a connection that breaks in the middle raises CommandFailed."""
-        response = self._answer("GET", path, params=parameters, stream=True)
-        if response.status_code >= 400:
-            self._json(response)
-
-        def pieces() -> Iterator[bytes]:
-            try:
-                yield from response.iter_content(READ_BYTES)
-            except self._errors.RequestException:
-                raise CommandFailed(
-                    f"The master at {self.url} broke off in the middle; run the command again."
-                ) from None
-
-        try:
-            yield pieces()
-        finally:
-            response.close()
-
-    def _answer(self, method: str, path: str, **how: Any) -> Any:
-        """The first answer that is not "busy"; every request here may be sent twice, because unique keys make it so."""
-        trouble = ""
-        for attempt in range(self._attempts):
-            wait = FIRST_WAIT_SECONDS * 2**attempt
-            try:
-                response = self._session.request(
-                    method, f"{self.url}/api/distribution{path}",
-                    timeout=CONNECT_AND_READ_SECONDS, allow_redirects=False, **how,
-                )  # fmt: skip
-            except (self._errors.ConnectionError, self._errors.Timeout, self._errors.ChunkedEncodingError) as error:
-                trouble = _reason(error)
-            except self._errors.RequestException as error:
-                raise CommandFailed(f"{self.url} cannot be asked: {one_line(str(error))}", ExitCode.SETTINGS) from None
-            else:
-                if response.status_code not in BUSY_STATUSES:
-                    return self._judged(response)
-                trouble = f"it is busy ({response.status_code})"
-                wait = max(wait, _retry_after(response))
-                response.close()
-            if attempt + 1 < self._attempts:
-                self._pause(min(wait, LONGEST_WAIT_SECONDS) * random.uniform(0.8, 1.2))
-        raise CommandFailed(
-            f"No master answers at {self.url}: {trouble}; start it, or say where it is with --master-url or --mode."
-        )
-
-    def _judged(self, response: Any) -> Any:
-        status = response.status_code
-        if status in (401, 403):
-            raise CommandFailed(
-                f"The master at {self.url} refused the key; write its api_key into the config file or set AF_API_KEY.",
-                ExitCode.REFUSED,
-            )
-        kind = response.headers.get("Content-Type", "")
-        if 300 <= status < 400 or "html" in kind or (status >= 400 and "json" not in kind):
-            raise CommandFailed(f"What answers at {self.url} is no master (status {status}); check address and port.")
-        return response
-
-    def _json(self, response: Any) -> Any:
-        try:
-            answer = response.json()
-        except (ValueError, self._errors.RequestException):
-            raise CommandFailed(f"What answers at {self.url} is no master; check address and port.") from None
-        if response.status_code >= 400:
-            raise Refused(response.status_code, answer if isinstance(answer, dict) else {})
-        return answer
-
-
-class Refused(CommandFailed):
-    """The master understood and said no; `problem` is its application/problem+json."""
-
-    def __init__(self, status: int, problem: dict[str, Any]) -> None:
-        detail = one_line(str(problem.get("detail") or problem.get("title") or "no reason given"))
-        exit_code = ExitCode.UNREACHABLE if status >= 500 else ExitCode.SETTINGS
-        super().__init__(f"The master refused ({status}): {detail}", exit_code)
-        self.status, self.detail, self.field = status, detail, str(problem.get("field") or "")
-
-
-def _reason(error: Exception) -> str:
-    """The part of a nested connection error that a person can use."""
-    if "timed out" in str(error).lower():
-        return "it did not answer in time"
-    found = re.search(r"\] ([A-Z][A-Za-z ,]+)", str(error)) or re.search(r"(CERTIFICATE_VERIFY_FAILED)", str(error))
-    return found.group(1).strip().lower() if found else "the connection failed"
-
-
-def _retry_after(response: Any) -> float:
-    value = response.headers.get("Retry-After", "")
-    return float(value) if re.fullmatch(r"[0-9]{1,6}", value) else 0.0
 
 
 # ---- distribute ----
@@ -332,221 +169,6 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell + " " * (width - _width(cell)) for cell, width in zip(row, widths)) for row in rows]
 
 
-# ---- submit: what the file says ----
-
-
-class Line(NamedTuple):
-    """One task of the file; `place` is where a person finds it: "line 7"."""
-
-    place: str
-    task: dict[str, Any]
-
-
-def read_tasks(path: Path) -> Iterator[Line]:
-    """The file's tasks, one at a time. Raises CommandFailed with the line number for what cannot be read."""
-    readers = {".json": _read_json, ".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".csv": _read_csv}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise CommandFailed(f"{path}: write a file that ends in .json, .jsonl or .csv", ExitCode.SETTINGS)
-    try:
-        # utf-8-sig: Excel and Windows' editor put a byte order mark in front.
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            for line in reader(path, file):
-                _check_task(path, line)
-                yield line
-    except UnicodeDecodeError:
-        advice = f"{path} is not UTF-8; save it again as UTF-8 (in Excel: CSV UTF-8)"
-        raise CommandFailed(advice, ExitCode.SETTINGS) from None
-    except OSError as error:
-        raise CommandFailed(f"{path} cannot be read: {error.strerror}", ExitCode.SETTINGS) from None
-
-
-def _wrong(path: Path, place: str, advice: str) -> CommandFailed:
-    return CommandFailed(f"{path}, {place}: {one_line(advice)}", ExitCode.SETTINGS)
-
-
-def _check_task(path: Path, line: Line) -> None:
-    """What can be known without the master; the rest it says itself, and the line is named then too."""
-    if not isinstance(line.task, dict):
-        raise _wrong(path, line.place, f"holds a {type(line.task).__name__}; write a task as an object {{...}}")
-    task_type = line.task.get("task_type")
-    if not isinstance(task_type, str) or not task_type:
-        raise _wrong(path, line.place, 'has no task_type; write for instance "task_type": "crawl"')
-    try:
-        size = len(_dumps(line.task))
-    except UnicodeEncodeError:
-        raise _wrong(path, line.place, "holds half a character (a lone surrogate); write it again") from None
-    except (ValueError, RecursionError):
-        raise _wrong(path, line.place, "holds a number or a depth that JSON does not have") from None
-    if size > LONGEST_TASK_BYTES:
-        raise _wrong(path, line.place, f"is larger than {LONGEST_TASK_BYTES >> 20} MiB")
-
-
-def _dumps(task: object) -> bytes:
-    """Canonical: the same content gives the same bytes, and so the same unique key."""
-    text = json.dumps(task, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.encode("utf-8")
-
-
-def _no_constant(word: str) -> None:
-    raise ValueError(f"{word} is not a number of JSON")
-
-
-def _read_jsonl(path: Path, file: IO[str]) -> Iterator[Line]:
-    for number, text in enumerate(file, 1):
-        if text.strip():
-            try:
-                yield Line(f"line {number}", json.loads(text, parse_constant=_no_constant))
-            except (ValueError, RecursionError) as error:
-                raise _wrong(path, f"line {number}", f"is not JSON ({_json_reason(error)})") from None
-
-
-def _json_reason(error: Exception) -> str:
-    return error.msg if isinstance(error, json.JSONDecodeError) else one_line(str(error))[:80]
-
-
-class _JsonText:
-    """A JSON file read piece by piece: only what was not yet decoded is in memory."""
-
-    def __init__(self, path: Path, file: IO[str]) -> None:
-        self._path, self._file = path, file
-        self._text, self._at, self.line = "", 0, 1
-        self._decoder = json.JSONDecoder(parse_constant=_no_constant)
-
-    def more(self) -> bool:
-        piece = self._file.read(max(READ_BYTES, len(self._text) - self._at))
-        self._text, self._at = self._text[self._at :] + piece, 0
-        return bool(piece)
-
-    def peek(self) -> str:
-        """The next sign that is no white space, "" at the end."""
-        while True:
-            found = re.compile(r"[^ \t\r\n]").search(self._text, self._at)
-            end = found.start() if found else len(self._text)
-            self.line += self._text.count("\n", self._at, end)
-            self._at = end
-            if found:
-                return found.group()
-            if not self.more():
-                return ""
-
-    def take(self) -> None:
-        self._at += 1
-
-    def value(self, *, is_whole_file: bool = False) -> Any:
-        """The object or list that starts at the next sign; read on as long as it is not whole."""
-        while True:
-            try:
-                value, end = self._decoder.raw_decode(self._text, self._at)
-            except (ValueError, RecursionError) as error:
-                if (is_whole_file or len(self._text) - self._at <= 4 * LONGEST_TASK_BYTES) and self.more():
-                    continue
-                end = error.pos if isinstance(error, json.JSONDecodeError) else self._at
-                line = self.line + self._text.count("\n", self._at, end)
-                raise _wrong(self._path, f"line {line}", f"is not JSON ({_json_reason(error)})") from None
-            self.line += self._text.count("\n", self._at, end)
-            self._at = end
-            return value
-
-
-def _read_json(path: Path, file: IO[str]) -> Iterator[Line]:
-    """A list of tasks, {"tasks": [...]}, or one task."""
-    text = _JsonText(path, file)
-    if text.peek() != "[":
-        whole = text.value(is_whole_file=True) if text.peek() == "{" else None
-        if not isinstance(whole, dict) or text.peek():
-            raise _wrong(path, f"line {text.line}", 'write a list of tasks [...], {"tasks": [...]} or one task {...}')
-        tasks = whole["tasks"] if isinstance(whole.get("tasks"), list) else [whole]
-        yield from (Line(f"task {index}", task) for index, task in enumerate(tasks, 1))
-        return
-    text.take()
-    sign = text.peek()
-    while sign != "]":
-        sign, number = text.peek(), text.line
-        if sign != "{":
-            raise _wrong(path, f"line {number}", f"write a task as an object {{...}} instead of {sign or 'the end'}")
-        yield Line(f"line {number}", text.value())
-        sign = text.peek()
-        if sign == ",":
-            text.take()
-        elif sign != "]":
-            raise _wrong(path, f"line {text.line}", f"write , or ] after a task instead of {sign or 'the end'}")
-    text.take()
-    if text.peek():
-        raise _wrong(path, f"line {text.line}", "holds something after the list; take it out")
-
-
-TEXT_FIELDS = ("task_type", "username", "app_id", "start_date", "end_date", "batch", "unique_key", "run_at",
-               "pinned_device_id", "prefer_device_id", "if_exists")  # fmt: skip
-NUMBER_FIELDS = ("priority", "parent_id", "delay_seconds", "give_up_seconds", "execution_timeout_seconds",
-                 "max_retry_count", "max_batch_tasks")  # fmt: skip
-
-
-def _read_csv(path: Path, file: IO[str]) -> Iterator[Line]:
-    """Columns are a task's fields; task_data.X is one value of task_data; any other goes into task_data as text."""
-    csv.field_size_limit(LONGEST_TASK_BYTES)
-    first = file.readline()
-    file.seek(0)
-    signs = [sign for sign in ",;\t" if sign in first]
-    rows = csv.reader(file, delimiter=signs[0] if signs else ",", strict=True)
-    header: list[str] = []
-    number = 1  # a quoted cell may span lines: a row is named by its first
-    try:
-        for row in rows:
-            if not header:
-                header = _csv_header(path, row)
-            elif any(row):
-                if len(row) != len(header):
-                    raise _wrong(path, f"line {number}", f"has {len(row)} cells, the first line has {len(header)}")
-                yield Line(f"line {number}", _csv_task(path, number, zip(header, row)))
-            number = rows.line_num + 1
-    except csv.Error as error:
-        raise _wrong(path, f"line {number}", f"is not CSV ({error})") from None
-    if not header:
-        raise _wrong(path, "line 1", "write the names of the columns, for instance task_type,username,app_id")
-
-
-def _csv_header(path: Path, row: list[str]) -> list[str]:
-    names = [name.strip() for name in row]
-    if "task_type" not in names:
-        raise _wrong(path, "line 1", "has no column task_type; write the names of the columns first")
-    if "" in names or len(set(names)) < len(names):
-        raise _wrong(path, "line 1", "has a column without a name or one name twice")
-    return names
-
-
-def _csv_task(path: Path, number: int, cells: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    task: dict[str, Any] = {}
-    more: dict[str, Any] = {}
-    for name, cell in cells:
-        if not cell:
-            continue
-        if name in TEXT_FIELDS:
-            task[name] = cell
-        elif name == "required_tags":
-            task[name] = [tag for tag in re.split(r"[\s,;]+", cell) if tag]
-        elif name in NUMBER_FIELDS or name == "task_data":
-            task[name] = _json_cell(cell)
-            if not isinstance(task[name], dict if name == "task_data" else (int, float)):
-                what = "a JSON object" if name == "task_data" else "a number"
-                raise _wrong(path, f"line {number}", f"column {name}: write {what} instead of {cell[:40]!r}")
-        elif name.startswith("task_data."):
-            more[name[len("task_data.") :]] = _json_cell(cell)
-        else:
-            more[name] = cell
-    if more:
-        task["task_data"] = {**task.get("task_data", {}), **more}
-    return task
-
-
-def _json_cell(cell: str) -> Any:
-    """A number, true, a list or an object where the cell is one; else its text (00123 and 2026-01-01 are text)."""
-    try:
-        return json.loads(cell, parse_constant=_no_constant)
-    except (ValueError, RecursionError):
-        return cell
-
-
 # ---- submit: sending ----
 
 
@@ -590,7 +212,7 @@ def _prepared(lines: Iterable[Line], batch: str | None) -> Iterator[_Prepared]:
             task["batch"] = batch
         if task.get("unique_key") is None:
             task["unique_key"] = content_key(task)
-        yield _Prepared(line.place, _dumps(task))
+        yield _Prepared(line.place, canonical_json(task))
 
 
 def content_key(task: dict[str, Any]) -> str:
@@ -598,7 +220,7 @@ def content_key(task: dict[str, Any]) -> str:
     content = {
         name: value for name, value in task.items() if name not in ("unique_key", "if_exists", "max_batch_tasks")
     }
-    return "content-" + hashlib.sha256(_dumps(content)).hexdigest()[:40]
+    return "content-" + hashlib.sha256(canonical_json(content)).hexdigest()[:40]
 
 
 def _chunks(tasks: Iterable[_Prepared]) -> Iterator[list[_Prepared]]:

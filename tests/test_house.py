@@ -47,7 +47,9 @@ HOUSE: dict[str, tuple[str, str]] = {
     "worker": ("requests psutil settings executors", "it is copied to machines that have nothing else"),
     "standalone": ("settings demo", "it starts the same programs as in production and never opens the database"),
     "demo": ("requests settings", "it uses the public API only"),
-    "main": ("requests settings tqdm master worker standalone", "each mode is imported when it is asked for"),
+    "client": ("requests settings", "a command uses the public API only"),
+    "task_files": ("client settings", "what a file of tasks says is no matter of HTTP"),
+    "main": ("client settings task_files tqdm", "each mode is imported by its name when it is asked for"),
 }
 EXECUTORS = ("requests urllib3 parsel cssselect executors", "an edge machine has no peewee, no bottle and no schedule")
 

@@ -18,8 +18,10 @@ from wsgiref.simple_server import WSGIRequestHandler, make_server
 import bottle
 import pytest
 
+import client
 import main
 import settings
+import task_files
 from settings import ROOT, ExitCode
 
 KEY = "k3y-of-a-test-that-nobody-uses"
@@ -126,7 +128,7 @@ def nothing_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     for name in [name for name in os.environ if name.startswith("AF_")]:
         monkeypatch.delenv(name)
     monkeypatch.setattr(settings, "default_config_path", lambda mode: tmp_path / "none" / f"{mode}.json")
-    monkeypatch.setattr(main, "FIRST_WAIT_SECONDS", 0.0)
+    monkeypatch.setattr(client, "FIRST_WAIT_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -327,7 +329,7 @@ def test_commands_find_the_master_where_their_settings_say(
     path = tmp_path / "c.json"
     path.write_text(json.dumps({"mode": mode, **content}))
     found, arguments = main._client_settings(["--config", str(path), *flags], main.argparse.ArgumentParser())
-    assert found.mode == mode and main.master_address(found, arguments) == expected
+    assert found.mode == mode and client.master_address(found, arguments) == expected
 
 
 # ---- submit ----
@@ -464,7 +466,7 @@ def test_tasks_go_in_chunks_of_a_thousand_with_plain_progress_lines_into_a_file(
 def test_a_json_list_longer_than_what_is_read_at_once_arrives_whole_with_its_line_numbers(tmp_path: Path) -> None:
     tasks = [{"task_type": "echo", "task_data": {"n": n, "padding": "x" * (n * 37 % 3000)}} for n in range(500)]
     path = write(tmp_path, "long.json", "[\n" + ",\n".join(map(json.dumps, tasks)) + "\n]\n")
-    lines = list(main.read_tasks(Path(path)))
+    lines = list(task_files.read_tasks(Path(path)))
     assert [line.task for line in lines] == tasks
     assert [line.place for line in lines] == [f"line {number}" for number in range(2, 502)]
 
@@ -493,16 +495,16 @@ def test_a_busy_master_is_asked_again_with_a_limit(run: Any, master: FakeMaster,
     assert run("submit", path)[0] == 0 and len(master.tasks) == 3
     master.busy, before = 1000, master.requests
     code, _, err = run("submit", path)
-    assert code == 1 and "busy" in err and master.requests - before == main.ATTEMPTS
+    assert code == 1 and "busy" in err and master.requests - before == client.ATTEMPTS
 
 
 def test_a_master_that_is_away_is_tried_with_growing_waits_and_then_given_up(tmp_path: Path) -> None:
     waits: list[float] = []
-    client = main.Master(f"http://127.0.0.1:{closed_port()}", "", pause=waits.append)
-    main.FIRST_WAIT_SECONDS = 0.5  # put back by the fixture
-    with pytest.raises(main.CommandFailed) as caught:
-        client.post("/tasks", b"[]")
-    assert caught.value.exit_code == 1 and len(waits) == main.ATTEMPTS - 1
+    away = client.Master(f"http://127.0.0.1:{closed_port()}", "", pause=waits.append)
+    client.FIRST_WAIT_SECONDS = 0.5  # put back by the fixture
+    with pytest.raises(client.CommandFailed) as caught:
+        away.post("/tasks", b"[]")
+    assert caught.value.exit_code == 1 and len(waits) == client.ATTEMPTS - 1
     assert all(later > earlier for earlier, later in zip(waits, waits[1:])) and sum(waits) < 30
 
 

@@ -22,6 +22,7 @@ from settings import ExitCode, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "key-that-nobody-may-read-in-a-log-7f3a"
+SHORT_FULL_WAIT = "worker.FULL_WAIT_SECONDS = (0.1, 0.2)"
 EXECUTORS = '''
 import time
 from pathlib import Path
@@ -372,7 +373,7 @@ def test_after_kill_9_what_was_acknowledged_is_not_reported_again(master: FakeMa
 def test_a_full_spool_stops_the_pulls_and_drops_nothing(master: FakeMaster, device: Device) -> None:
     master.script["report"].extend(problem(503, "busy") for _ in range(1000))
     tasks = [master.give("large", {"size": 1500}) for _ in range(8)]
-    device.start("--spool-max-bytes", "4096", "--concurrent-tasks", "1")
+    device.start("--spool-max-bytes", "4096", "--concurrent-tasks", "1", patch=SHORT_FULL_WAIT)
     eventually(lambda: "spool full" in device.said, "the line about the spool")
     master.wait_for(lambda: master.pulls[-1]["limit"] == "0", "a pull with limit 0")
     assert len(master.waiting) > 0
@@ -576,7 +577,7 @@ def test_a_device_that_the_master_forgot_registers_again_with_what_it_holds(mast
 
 def test_a_drain_ordered_by_the_master_stops_the_pulls_until_it_is_lifted(master: FakeMaster, device: Device) -> None:
     master.drain = True
-    device.start("--pull-wait-seconds", "0.5")
+    device.start("--pull-wait-seconds", "0.5", patch=SHORT_FULL_WAIT)
     master.wait_for(lambda: master.beats and master.pulls and master.pulls[-1]["limit"] == "0", "limit 0")
     task = master.give("echo")
     assert master.reports_of(task) == []
