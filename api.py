@@ -177,7 +177,7 @@ class Api:
         reports = [None if isinstance(entry, wire.BadReport) else _report(entry, wall) for entry in sent.entries]
 
         def judge(tx: Tx) -> list[db.Judged | None]:
-            self.presence.seen[sent.device_id] = tx.now
+            devices.hear_report(self.presence, sent.device_id, tx.now)
             return [db.apply_report(tx, sent.device_id, report) if report else None for report in reports]
 
         judged = self.store.write(judge) if any(reports) else [None] * len(reports)

@@ -153,6 +153,12 @@ def _hear(tx: Tx, presence: Presence, device_id: str) -> None:
         tx.note("device", "device_online", device=device_id)
 
 
+def hear_report(presence: Presence, device_id: str, now: float) -> None:
+    """A report is a sign of life too, of a device that is known to be there."""
+    if device_id in presence.online:
+        presence.seen[device_id] = now
+
+
 def register(tx: Tx, presence: Presence, new: Registration) -> Registered:
     """Makes or renews a device; a new process's attempts that it does not hold are released at once.
 
