@@ -203,7 +203,9 @@ class Api:
 
         judged = self.store.write(judge)
         if judged.outcome == "gone":
-            raise invalid(410, "gone", "That attempt is over (cancelled or deleted); drop it and pull again.", "lease_id")
+            raise invalid(
+                410, "gone", "That attempt is over (cancelled or deleted); drop it and pull again.", "lease_id"
+            )
         if judged.outcome == "stale":
             raise invalid(409, "stale", "Another attempt has this task, or the lease is wrong; drop it.", "lease_id")
         return {"id": task_id, "outcome": judged.outcome, "status": judged.status}
@@ -256,11 +258,15 @@ class Api:
             raise invalid(409, "device_unavailable", f"Device {body.device_id} is {device['status']}; choose one that is online.",
                           "device_id")  # fmt: skip
         if task["task_type"] not in device["task_types"]:
-            raise invalid(409, "device_unfit", f"Device {body.device_id} does not run {task['task_type']} tasks.", "device_id")
+            raise invalid(
+                409, "device_unfit", f"Device {body.device_id} does not run {task['task_type']} tasks.", "device_id"
+            )
         status = self.store.write(db.pin, task_id, body.device_id)
         if status is None:
-            raise invalid(409, "not_waiting", f"The task is {task['status']}; only a waiting task can be assigned.", "task_id")
-        return {"id": task_id, "status": status, "pinned_device_id": body.device_id}
+            raise invalid(
+                409, "not_waiting", f"The task is {task['status']}; only a waiting task can be assigned.", "task_id"
+            )
+        return {"id": task_id, "status": status}
 
     # POST /tasks/{task_id}/cancel {reason?} -> 200 {id, status}
     def cancel_task(self, call: Call) -> Any:
@@ -272,7 +278,9 @@ class Api:
         if status is None:
             task = self.reads.task(task_id) or self._no_task()
             if task["status"] != "cancelled":
-                raise invalid(409, "already_final", f"The task is {task['status']} already; there is nothing to cancel.")
+                raise invalid(
+                    409, "already_final", f"The task is {task['status']} already; there is nothing to cancel."
+                )
         return {"id": task_id, "outcome": "accepted" if status else "duplicate", "status": "cancelled"}
 
     # POST /tasks/{task_id}/requeue {} -> 200 {id, status}
@@ -282,11 +290,15 @@ class Api:
         status = self.store.write(db.requeue, task_id)
         if status is None:
             task = self.reads.task(task_id) or self._no_task()
-            raise invalid(409, "not_final", f"The task is {task['status']}; only failed or cancelled ones can be requeued.")
+            raise invalid(
+                409, "not_final", f"The task is {task['status']}; only failed or cancelled ones can be requeued."
+            )
         return {"id": task_id, "status": status}
 
     def _no_task(self) -> Any:
-        raise invalid(404, "unknown_task", "There is no such task (finished ones are deleted after a while).", "task_id")
+        raise invalid(
+            404, "unknown_task", "There is no such task (finished ones are deleted after a while).", "task_id"
+        )
 
     # POST /tasks/actions {action, filter, dry_run, reason?} -> 200 {matched, matched_is_capped, changed}
     def act_on_tasks(self, call: Call) -> Any:
@@ -456,11 +468,19 @@ class Api:
 def routes(api: Api) -> tuple[tuple[str, tuple[Route, ...]], ...]:
     """The API's table, under its prefix, and what stands at the root."""
     text, name, number = {"type": "string"}, openapi.NAME, {"type": "integer", "minimum": 0}
-    device_filter = (Query("status", text, "One status"), Query("task_type", name, "Runs this type"),
-                     Query("tag", name, "Has this tag"))
-    pull = (Query("device_id", name, "Who asks", True), Query("boot_id", name, "Its process"),
-            Query("limit", number, "Free slots"), Query("wait", {"type": "number", "maximum": 25}, "Seconds to hold"),
-            Query("seq", number, "Number of this pull"), Query("ack", number, "Last pull whose reply arrived"))
+    device_filter = (
+        Query("status", text, "One status"),
+        Query("task_type", name, "Runs this type"),
+        Query("tag", name, "Has this tag"),
+    )
+    pull = (
+        Query("device_id", name, "Who asks", True),
+        Query("boot_id", name, "Its process"),
+        Query("limit", number, "Free slots"),
+        Query("wait", {"type": "number", "maximum": 25}, "Seconds to hold"),
+        Query("seq", number, "Number of this pull"),
+        Query("ack", number, "Last pull whose reply arrived"),
+    )
     stats = (Query("batch", text, "Of this batch"), Query("task_type", name, "Of this type"))
     batch_page = (Query("name", text, "Only this batch"), *PAGE)
     shape = (Query("format", {"enum": ["jsonl", "csv"]}, "Of the file"), Query("include", {"enum": ["result"]}, "More"))
@@ -507,8 +527,18 @@ def routes(api: Api) -> tuple[tuple[str, tuple[Route, ...]], ...]:
     # fmt: on
 
 
-def _(method: str, path: str, role: str, handler: Callable[[Call], Any], summary: str, request: Any = None,
-      response: Any = None, query: tuple[Query, ...] = (), status: int = 200, kind: str = "application/json") -> Route:
+def _(
+    method: str,
+    path: str,
+    role: str,
+    handler: Callable[[Call], Any],
+    summary: str,
+    request: Any = None,
+    response: Any = None,
+    query: tuple[Query, ...] = (),
+    status: int = 200,
+    kind: str = "application/json",
+) -> Route:
     return Route(Operation(method, path, role, summary, request, response, query, status, kind), handler)
 
 
@@ -542,7 +572,12 @@ def _report(report: wire.ReportIn, wall: float) -> db.Report:
 def _judged(entry: wire.ReportIn | wire.BadReport, judged: db.Judged | None) -> dict[str, Any]:
     if isinstance(entry, wire.BadReport):
         wrong = entry.problem
-        return {"assignment_id": entry.assignment_id, "outcome": "invalid", "detail": wrong.detail, "field": wrong.field}
+        return {
+            "assignment_id": entry.assignment_id,
+            "outcome": "invalid",
+            "detail": wrong.detail,
+            "field": wrong.field,
+        }
     assert judged is not None
     reply: dict[str, Any] = {"assignment_id": entry.assignment_id, "outcome": judged.outcome}
     if judged.new_tasks:

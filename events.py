@@ -78,9 +78,11 @@ class Events:
             if self._streams >= self._max_streams or self._closed:
                 return None
             self._streams += 1
-        return self._lines(after_id)
+            # Now and not when the first line is asked for: what happens from here on is the caller's.
+            last = self._last_id if after_id is None or after_id > self._last_id else after_id
+        return self._lines(last)
 
-    def _lines(self, after_id: int | None) -> Iterator[bytes]:
+    def _lines(self, after_id: int) -> Iterator[bytes]:
         try:
             yield b": hello\n\n"
             for event in self.follow(after_id):

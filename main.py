@@ -67,7 +67,7 @@ def start(mode: str, argv: list[str]) -> int:
         program = importlib.import_module(mode)
     except ModuleNotFoundError as error:
         needed = "requirements-worker.txt" if mode == "worker" else "requirements.txt"
-        advice = f"{error} is needed to start a {mode}; install it: pip install -r {needed}"
+        advice = f"A {mode} cannot start: {error}; install what it needs: pip install -r {needed}"
         raise CommandFailed(advice, ExitCode.SETTINGS) from None
     return int(program.main(argv))
 

@@ -15,6 +15,7 @@ import queue
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,10 +63,14 @@ class ReadsBusy(Exception):
     """All read connections were in use for longer than a reader may wait; the caller answers 503."""
 
 
-class Counted(NamedTuple):
-    """A count of tasks; is_capped means "at least": the cap or the time was reached."""
+@dataclass(frozen=True)
+class Counted:
+    """A count of tasks; is_capped means "at least": the cap or the time was reached.
 
-    n: int
+    No tuple, because a tuple has a method `count` of its own.
+    """
+
+    count: int
     is_capped: bool
 
 

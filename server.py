@@ -48,10 +48,10 @@ HANGUP = getattr(signal, "SIGHUP", None)  # the terminal was closed; Windows has
 STOP_SIGNALS = tuple(number for number in (signal.SIGTERM, signal.SIGINT, HANGUP) if number is not None)
 STOP_CALLED = 0  # beside the numbers of signals
 BACKLOG = 2048
-# Granian's pool counts a thread as idle for a moment after it has taken a request, or while it goes away. A request that
-# comes in this moment waits, with threads to spare, until the next one comes: so the next one is never far away, and
-# threads go away as late as granian allows.
-NUDGE_SECONDS = 0.25
+# Granian's pool counts a thread as idle for a moment after it has taken a request, or while it goes away. A request
+# that comes in this moment waits, with threads to spare, until the next one comes: so the next one is never far away,
+# and threads go away as late as granian allows.
+NUDGE_SECONDS = 0.4
 IDLE_THREAD_SECONDS = 600
 # Longer than two heartbeats, so that a device's next one finds its connection still open.
 IDLE_CONNECTION_SECONDS = 75
@@ -212,7 +212,7 @@ class Server:
 
     def _ask_myself(self, on_ready: Callable[[], None]) -> None:
         """Send one tiny request after the other: the first that is answered calls on_ready (a connect would prove
-        nothing, the kernel accepts since bind()), and each makes granian look again for requests it has left waiting."""
+        nothing, the kernel accepts since bind()), and each makes granian look again for requests left waiting."""
         client = http.client.HTTPConnection(*self._address, timeout=NUDGE_SECONDS)
         is_ready = False
         while not self._is_stop_asked.is_set():

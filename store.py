@@ -129,11 +129,12 @@ def check_database(path: Path) -> None:
     except sqlite3.DatabaseError as error:
         raise DatabaseRefused(f"{path} is not a readable database ({error}); restore a backup") from None
     if verdict != "ok" or marker is None:
-        raise DatabaseRefused(f"{path} is damaged ({verdict}); restore a backup")
+        found = " ".join(verdict.replace("*** in database main ***", "").split())  # SQLite's verdict has line ends
+        raise DatabaseRefused(f"{path} is damaged ({found}); restore a backup")
 
 
 def last_moment(path: Path) -> float:
-    """The last moment this database has seen, in seconds since the epoch; 0 for a new one. The clock starts after it."""
+    """The last moment this database has seen (epoch seconds; 0 for a new one); the clock starts after it."""
     if not path.exists():
         return 0.0
     check_database(path)

@@ -110,9 +110,18 @@ class _Endpoint:
     def _handle(self, environ: dict[str, Any], names: dict[str, str]) -> Any:
         operation = self._route.operation
         self._access.check(environ, operation.role)
+        _refuse_unreadable_path(environ)
         body = read_body(environ, self._max_body_bytes) if operation.method in WRITING else b""
         query = Query(environ.get("QUERY_STRING", ""))
         return self._route.handler(Call(body, query, names, environ.get("REMOTE_ADDR", ""), environ))
+
+
+def _refuse_unreadable_path(environ: dict[str, Any]) -> None:
+    """Bottle drops bytes that are not UTF-8, and would then do to shop-1 what was asked for shop-%FF1."""
+    try:
+        environ["bottle.raw_path"].encode("latin-1").decode()
+    except UnicodeError:
+        raise Invalid(400, "bad_path", "The path is not UTF-8; send it percent-encoded in UTF-8.") from None
 
 
 def _response(said: Any) -> bottle.HTTPResponse:
@@ -155,6 +164,7 @@ def _refused_by_bottle(error: bottle.HTTPError) -> bytes:
     texts = {
         404: ("not_found", "There is nothing at this path; /api/distribution/openapi.json lists all there is."),
         405: ("method_not_allowed", "This path does not take that method; see /api/distribution/openapi.json."),
+        500: ("internal", "The master made a mistake; its log has the details."),
     }
     status = error.status_code if error.status_code in texts else 500 if error.status_code >= 500 else 400
     code, detail = texts.get(status, ("bad_request", "The request could not be read."))
@@ -167,8 +177,12 @@ def _refused_by_bottle(error: bottle.HTTPError) -> bytes:
 
 def static_file(name: str) -> bottle.HTTPResponse:
     """A file of static/, and nothing outside of it, by a link either (bottle itself would follow one)."""
-    path = (STATIC / name).resolve()
-    if STATIC not in path.parents or not path.is_file():
+    try:
+        path = (STATIC / name).resolve()
+        is_there = STATIC in path.parents and path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or holds NUL
+        is_there = False
+    if not is_there:
         raise Invalid(404, "not_found", "There is no such file.")
     response: bottle.HTTPResponse = bottle.static_file(path.relative_to(STATIC).as_posix(), root=str(STATIC))
     response.set_header("Cache-Control", "no-cache")

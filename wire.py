@@ -86,6 +86,7 @@ from values import (
 )
 
 T = TypeVar("T")
+LAST_YEAR = 2999  # what follows from a time (an end after days, another zone) must still be one that Python can write
 
 
 class Body(Struct):
@@ -160,6 +161,8 @@ class TaskIn(StrictBody, kw_only=True):
             check_days(self.start_date, self.end_date, where)
         if self.run_at is not None and self.delay_seconds is not None:
             raise invalid(where + "run_at", "must not be given together with delay_seconds; send one of them")
+        if self.run_at is not None and self.run_at.year > LAST_YEAR:
+            raise invalid(where + "run_at", f"must not be after the year {LAST_YEAR}")
         if self.max_batch_tasks is not None and self.batch is None:
             raise invalid(where + "max_batch_tasks", "needs a batch to count in; send batch too, or leave it out")
         if screen.strings:

@@ -1033,6 +1033,7 @@ class Worker:
         self.is_monitored = settings.enable_monitoring
         self.is_drained_by_master = False
         self.next_beat = 0.0
+        self.beating = threading.Lock()  # held during a beat, and for good by the last one
         self.beat_seq = itertools.count(1)  # one for two threads: the last beat must not share its number
         self.pull_seq = self.pull_ack = 0
         self.empty_pause = 0.0
@@ -1165,6 +1166,7 @@ class Worker:
             self._tick(0.02)
 
     def _leave(self) -> None:
+        self.beating.acquire(timeout=LEAVE_SECONDS)
         try:
             self.clients["leave"].post(self._path("heartbeat"), self._beat_body(leaving=True), LEAVE_SECONDS)
         except (Unreachable, Busy, Refused) as error:
@@ -1233,7 +1235,8 @@ class Worker:
             time.sleep(min(left, 1.0))
             return
         self.link.wait_turn()  # before holding[] is written down, or it would be stale
-        reply = self.clients["beat"].post(self._path("heartbeat"), self._beat_body(), BEAT_SECONDS)
+        with self.beating:
+            reply = self.clients["beat"].post(self._path("heartbeat"), self._beat_body(), BEAT_SECONDS)
         self._follow(reply)
         seconds = number(reply.get("next_seconds"), self.heartbeat_seconds, 0.05, 3600) * random.uniform(0.9, 1)
         self.next_beat = max(self.next_beat + seconds, time.monotonic())

@@ -194,7 +194,9 @@ def transitions_part() -> str:
     rows = [(f"`{verb}`", ", ".join(old) or "(new)", ", ".join(new)) for verb, (old, new) in db.TRANSITIONS.items()]
     glosses = dict(re.findall(r"^  (\w+)  +(\S.*)$", str(db.__doc__), re.MULTILINE))
     states = [(f"`{state}`", re.sub(r"\s{2,}", " ", glosses[state])) for state in db.STATES]
-    return table(("state", "meaning"), states) + "\n" + table(("verb", "from", "to"), rows)
+    drawing = str(db.__doc__).partition("\n\n")[2].partition("\n\n  scheduled   ")[0]
+    tables = table(("state", "meaning"), states) + "\n" + table(("verb", "from", "to"), rows)
+    return f"```\n{drawing}\n```\n\n{tables}"
 
 
 def house_part() -> str:

@@ -31,23 +31,33 @@ def wait_for(what: str, check: Callable[[], Any], seconds: float = DEADLINE_SECO
     raise AssertionError(f"waited {seconds:.0f} s in vain for {what}")
 
 
+def environment() -> dict[str, str]:
+    """This process's, without a setting that would reach the program under test."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("AF_")}
+
+
 class Program:
     """One process of ours, started with a config file of its own; always ended by its owner."""
 
     def __init__(self, script: str, folder: Path, settings: dict[str, Any], *arguments: str) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        config = folder / f"{Path(script).stem}-{settings.get('device_id', 'master')}.json"
-        config.write_text(json.dumps(settings))
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("AF_")}
+        self.settings = settings
+        self._config = folder / f"{Path(script).stem}-{settings.get('device_id', 'master')}.json"
+        self._command = [sys.executable, str(ROOT / script), "--config", str(self._config), *arguments]
+        self.start()
+
+    def start(self) -> None:
+        """Starts it, with the settings as they are now; again, after it ended."""
+        self._config.write_text(json.dumps(self.settings))
         self.lines: list[str] = []
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / script), "--config", str(config), *arguments],
+            self._command,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             text=True,
-            env=environment,
+            env=environment(),
             start_new_session=True,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -85,18 +95,27 @@ class Master(Program):
 
     def __init__(self, folder: Path, **settings: Any) -> None:
         self.api_key = settings.get("api_key", "")
-        self.settings = {
+        self.url = ""
+        self.session = requests.Session()
+        self.session.trust_env = False
+        ours = {
             "mode": "master",
             "port": 0,
             "database": str(folder / "distribution.db"),
             "log_file": str(folder / "master.log"),
-            **settings,
         }
-        super().__init__("master.py", folder, self.settings)
-        ready = wait_for(f"the master's ready line; it said: {self.output}", self._ready_line, 30)
-        self.url = ready.split()[1]
-        self.session = requests.Session()
-        self.session.trust_env = False
+        super().__init__("master.py", folder, {**ours, **settings})
+
+    def start(self) -> None:
+        """Starts it and waits until it is ready; on the same port as before."""
+        if self.url:
+            self.settings["port"] = self.port
+        super().start()
+        try:
+            self.url = wait_for("the master's ready line", self._ready_line, 30).split()[1]
+        except AssertionError:
+            self.kill()
+            raise
 
     def _ready_line(self) -> str | None:
         if self.process.poll() is not None:
@@ -122,14 +141,39 @@ class Master(Program):
         assert response.status_code == 200, response.text
         return response.json()
 
+    def call(self, method: str, path: str, body: Any = None, **options: Any) -> Any:
+        """The JSON of an accepted request; a refusal fails the test with what it said."""
+        response = self.api(method, path, body, **options)
+        assert response.status_code < 300, f"{method} {path} -> {response.status_code} {response.text}"
+        return response.json() if response.content else None
+
     def submit(self, *tasks: dict[str, Any]) -> list[int]:
-        response = self.api("POST", "/tasks", list(tasks))
-        assert response.status_code in (200, 201), response.text
-        return [task["id"] for task in response.json()["tasks"]]
+        return [task["id"] for task in self.call("POST", "/tasks", list(tasks))["tasks"]]
+
+    def submit_one(self, task_type: str = "echo", **fields: Any) -> int:
+        task_id: int = self.call("POST", "/tasks", {"task_type": task_type, **fields})["id"]
+        return task_id
 
     def register(self, device_id: str, boot_id: str = "boot-1", **facts: Any) -> Any:
+        """A device without a process: the test sends what its worker would send."""
         body = {"device_id": device_id, "boot_id": boot_id, "protocol": 1, "task_types": ["echo"], **facts}
-        return self.api("POST", "/devices/register", body)
+        return self.call("POST", "/devices/register", {"max_concurrent_tasks": 4, **body})
+
+    def beat(self, device_id: str, boot_id: str = "boot-1", **facts: Any) -> Any:
+        beat = {"boot_id": boot_id, "seq": 1, "holding": [], **facts}
+        return self.call("POST", f"/devices/{device_id}/heartbeat", beat)
+
+    def pull(self, device_id: str, limit: int = 1, boot_id: str = "boot-1") -> list[dict[str, Any]]:
+        """Exactly that many tasks, which must be there."""
+        query = {"device_id": device_id, "boot_id": boot_id, "limit": limit, "wait": 5}
+        tasks: list[dict[str, Any]] = self.call("GET", "/tasks/pull", params=query)["tasks"]
+        assert len(tasks) == limit, f"pulled {len(tasks)} of {limit}"
+        return tasks
+
+    def report(self, device_id: str, task: dict[str, Any], outcome: str, **facts: Any) -> Any:
+        """The answer to one report, whatever it is."""
+        entry = {"assignment_id": task["assignment_id"], "lease_id": task["lease_id"], "outcome": outcome, **facts}
+        return self.call("POST", "/tasks/report", {"device_id": device_id, "reports": [entry]})["reports"][0]
 
     def states(self, batch: str | None = None) -> dict[str, int]:
         stats = self.get(f"/tasks/stats?batch={batch}" if batch else "/tasks/stats")

@@ -21,7 +21,7 @@ import store
 import wire
 from access import ROLES
 from metrics import Metrics
-from reads import DEVICE_STATES, TASK_COLUMNS, Reads, ReadsBusy, device_status, iso
+from reads import DEVICE_STATES, TASK_COLUMNS, Counted, Reads, ReadsBusy, device_status, iso
 from transaction import Tx
 
 START = 1_800_000_000.0
@@ -188,7 +188,7 @@ def test_every_walk_finds_each_matching_task_once_in_order(
     assert all_pages(filled.reads, filters, limit=10) == expected[::-1]
     assert all_ids(filled.reads, filters, limit=10) == expected
     assert [task["id"] for task in filled.reads.export(filters, page=10)] == expected
-    assert filled.reads.count(filters, seconds=5.0) == (len(expected), False)
+    assert filled.reads.count(filters, seconds=5.0) == Counted(len(expected), False)
 
 
 @pytest.mark.parametrize("filters", [{}, {"batch": "one"}, {"text": "zzz"}, {"status": ("failed",)}], ids=str)
@@ -212,7 +212,7 @@ def test_an_empty_database_answers_everything(fleet: Fleet) -> None:
     assert fleet.reads.task_page({}) == {"tasks": [], "next_cursor": None, "partial": False}
     assert fleet.reads.task_page({"status": ("failed",), "created_after": START})["tasks"] == []
     assert list(fleet.reads.export({})) == []
-    assert fleet.reads.count({"text": "a"}) == (0, False)
+    assert fleet.reads.count({"text": "a"}) == Counted(0, False)
     assert fleet.reads.oldest_waiting(START) is None
     assert fleet.reads.overview(START, 300)["tasks"] == dict.fromkeys(db.STATES, 0)
     assert fleet.reads.task(1) is None and fleet.reads.batch("x") is None
@@ -220,7 +220,7 @@ def test_an_empty_database_answers_everything(fleet: Fleet) -> None:
 
 
 def test_a_count_stops_at_its_cap(filled: Fleet) -> None:
-    assert filled.reads.count({"username": "wang"}, cap=10) == (10, True)
+    assert filled.reads.count({"username": "wang"}, cap=10) == Counted(10, True)
     assert filled.reads.count({"status": ("pending",)}, cap=10).is_capped is False  # a kept counter knows it exactly
 
 
@@ -339,7 +339,7 @@ def test_counters_of_several_writers_are_summed(fleet: Fleet) -> None:
     fleet.connection.execute(
         "INSERT INTO af_count VALUES (7, 'batch', 'b', 'pending', -1), (7, 'all', '', 'pending', -1)"
     )
-    assert fleet.reads.count({"batch": "b"}).n == 2
+    assert fleet.reads.count({"batch": "b"}).count == 2
     assert fleet.reads.counts_by_state()["pending"] == 2
 
 

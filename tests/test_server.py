@@ -36,6 +36,15 @@ handlers_before = list(logging.getLogger().handlers)
 changed = threading.Condition()
 counts = {"held": 0, "begun": 0, "closed": 0, "woken": 0}
 app = bottle.Bottle()
+paths = set()
+
+@app.hook("before_request")
+def remember_path():
+    paths.add(bottle.request.path)
+
+@app.get("/seen")
+def seen():
+    return {"paths": sorted(paths)}
 
 def say(word, **more):
     print(json.dumps({"word": word, **more}), flush=True)
@@ -101,7 +110,8 @@ def environ():
 @app.get("/handlers")
 def handlers():
     root, granian = logging.getLogger(), logging.getLogger("_granian")
-    return {"kept": root.handlers == handlers_before, "level": root.level, "granian": [len(granian.handlers), granian.propagate]}
+    kept = root.handlers == handlers_before and root.level == logging.WARNING
+    return {"kept": kept, "granian": [len(granian.handlers), granian.propagate]}
 
 @app.post("/stop")
 def stop():
@@ -304,7 +314,7 @@ def test_the_environment_of_the_process_never_reaches_a_request() -> None:
 
 
 def test_the_log_handlers_of_the_program_are_left_alone(shared: Running) -> None:
-    assert shared.ask("/handlers") == {"kept": True, "level": 30, "granian": [0, True]}
+    assert shared.ask("/handlers") == {"kept": True, "granian": [0, True]}
     assert shared.errors == []
 
 
@@ -319,6 +329,36 @@ def test_each_held_poll_of_a_burst_is_started_and_answered(shared: Running, numb
         replies = [everything(client) for client in clients]
         shared.ask("/sleep", "POST")
         assert sum(b'{"woken": true}' in reply for reply in replies) == number
+
+
+def test_granian_is_nudged_for_ever_also_when_it_leaves_a_nudge_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "NUDGE_SECONDS", 0.2)
+    tested = server.Server(host="127.0.0.1", port=0, threads=4)
+    tested.bind()
+    assert tested._listener is not None
+    tested._listener.settimeout(PATIENCE)
+    is_ready = threading.Event()
+    nudging = threading.Thread(target=tested._ask_myself, args=(is_ready.set,), daemon=True)
+    nudging.start()
+    unanswered, _ = tested._listener.accept()
+    for _ in range(50):
+        client, _ = tested._listener.accept()  # on a new connection, because the first one is stuck
+        client.settimeout(PATIENCE)
+        assert client.recv(4096).startswith(b"GET /nudge-")
+        assert not is_ready.is_set()
+        client.sendall(b"HTTP/1.1 204 No Content\r\n\r\n")
+        if is_ready.wait(1.0):  # else the answer came too late for it, on a busy machine
+            break
+    assert client.recv(4096).startswith(b"GET /nudge-")
+    tested._is_stop_asked.set()
+    nudging.join(PATIENCE)
+    assert not nudging.is_alive()
+    unanswered.close()
+
+
+def test_the_app_sees_no_nudge(shared: Running) -> None:
+    assert shared.ask("/seen")["paths"]
+    assert not [path for path in shared.ask("/seen")["paths"] if "nudge" in path]
 
 
 @pytest.mark.slow

@@ -22,7 +22,9 @@ class World:
         self.now = START
         self.wall_offset = 0.0
         self.path = folder / "distribution.db"
-        self.store = Store(self.path, policy=policy or Policy(), moments=lambda: (self.now, self.now + self.wall_offset))
+        self.store = Store(
+            self.path, policy=policy or Policy(), moments=lambda: (self.now, self.now + self.wall_offset)
+        )
         self.presence = devices.Presence(START)
         self.dispatcher = Dispatcher(self.store, self.presence, strategy=strategy, max_held_polls=100)
         self.store.open()
@@ -95,7 +97,9 @@ class World:
 
     def counts(self) -> dict[str, int]:
         """The kept counters, which must equal what counting the rows gives."""
-        kept = self.rows("SELECT state, SUM(n) AS n FROM af_count WHERE scope = 'all' GROUP BY state HAVING SUM(n) <> 0")
+        kept = self.rows(
+            "SELECT state, SUM(n) AS n FROM af_count WHERE scope = 'all' GROUP BY state HAVING SUM(n) <> 0"
+        )
         return {row["state"]: row["n"] for row in kept}
 
     def check_books(self) -> None:

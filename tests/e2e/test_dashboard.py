@@ -59,16 +59,18 @@ def a_day_of_work(master: Any) -> dict[str, int]:
     master.register("shop-1", device_name="Front desk", tags=["selectors"])
     master.register("shop-2", device_name="收银台")
     master.beat("shop-1", cpu_usage=97.0, memory_usage=88.0, disk_usage=12.5)
-    ids = {name: master.submit(batch="day", username=name) for name in ("completed", "failed", "running", "assigned")}
+    ids = {
+        name: master.submit_one(batch="day", username=name) for name in ("completed", "failed", "running", "assigned")
+    }
     completed, failed, running, _assigned = master.pull("shop-1", 4)
     master.report("shop-1", completed, "completed", result={"pages": 3}, duration_seconds=1.25)
     error = {"error_message": "403 Forbidden", "error_type": "HTTPError", "log_tail": "asking for the report"}
     master.report("shop-1", failed, "failed", duration_seconds=0.5, retry=False, **error)
     master.report("shop-1", running, "running")
-    ids["scheduled"] = master.submit(delay_seconds=3600)
-    ids["cancelled"] = master.submit()
+    ids["scheduled"] = master.submit_one(delay_seconds=3600)
+    ids["cancelled"] = master.submit_one()
     master.call("POST", f"/tasks/{ids['cancelled']}/cancel", {"reason": "wrong dates"})
-    ids["pending"] = master.submit("unknown_type", username="pending", batch="day")
+    ids["pending"] = master.submit_one("unknown_type", username="pending", batch="day")
     return ids
 
 
@@ -117,7 +119,7 @@ def test_a_waiting_task_says_why(day, open_tab):
 
 
 def test_many_waiting_tasks_of_one_lane_cost_one_question(master, dashboard_url, open_tab):
-    ids = [master.submit("unknown_type") for _ in range(25)]
+    ids = [master.submit_one("unknown_type") for _ in range(25)]
     tab = open_tab("about:blank")
     asked: list[str] = []
     tab.page.on("request", lambda request: request.url.endswith("/why") and asked.append(request.url))
@@ -131,7 +133,7 @@ def test_the_page_refreshes_itself(master, dashboard_url, open_tab):
     page = open_tab(dashboard_url).page
     expect(page.locator("#link")).to_have_text("Live")
     expect(tile(page, "pending")).to_have_text("0")
-    task_id = master.submit()
+    task_id = master.submit_one()
     expect(tile(page, "pending")).to_have_text("1")
     master.register("shop-1")
     expect(page.locator("#device-rows tr")).to_have_count(1)
@@ -157,7 +159,7 @@ def test_a_row_opens_the_task_with_error_attempts_and_log(day, open_tab):
 
 
 def test_a_task_is_cancelled_after_asking_twice_and_requeued(master, dashboard_url, open_tab):
-    task_id = master.submit()
+    task_id = master.submit_one()
     page = open_tab(f"{dashboard_url}#task={task_id}").page
     page.get_by_role("button", name="Cancel the task").click()
     assert master.call("GET", f"/tasks/{task_id}")["status"] == "pending"
@@ -172,11 +174,11 @@ def test_scripts_planted_in_every_field_never_run(master, dashboard_url, open_ta
     master.register("shop-1", device_name=HOSTILE, device_type=HOSTILE, version=HOSTILE)
     master.call("PUT", "/devices/shop-1/status", {"status": "active", "reason": HOSTILE})
     names = dict.fromkeys(("username", "app_id", "batch", "unique_key"), HOSTILE)
-    failed = master.submit(**names, task_data={HOSTILE: HOSTILE})
+    failed = master.submit_one(**names, task_data={HOSTILE: HOSTILE})
     [task] = master.pull("shop-1")
     texts = dict.fromkeys(("error_message", "error_type", "log_tail"), HOSTILE)
     master.report("shop-1", task, "failed", retry=False, result={HOSTILE: HOSTILE}, **texts)
-    cancelled = master.submit()
+    cancelled = master.submit_one()
     master.call("POST", f"/tasks/{cancelled}/cancel", {"reason": HOSTILE})
     page = open_tab(f"{dashboard_url}#text={HOSTILE}&task={failed}", locale="zh-CN").page
     expect(page.locator("#dialog-error")).to_contain_text(HOSTILE)
@@ -194,7 +196,7 @@ def test_scripts_planted_in_every_field_never_run(master, dashboard_url, open_ta
 
 def test_the_key_form_lets_in_with_the_key_only(start_master, open_tab):
     master = start_master(api_key="opensesame-of-this-test")
-    task_id = master.submit(username="behind the key")
+    task_id = master.submit_one(username="behind the key")
     page = open_tab(master.url + "/", forgive=(REFUSED,)).page
     expect(page.get_by_label("API key")).to_be_focused()
     expect(page.locator("#board")).to_be_hidden()
@@ -283,7 +285,7 @@ def test_empty_states_teach_the_next_step(master, dashboard_url, open_tab):
 
 
 def test_a_lost_master_is_told_and_found_again(master, dashboard_url, open_tab):
-    task_id = master.submit()
+    task_id = master.submit_one()
     page = open_tab(dashboard_url, forgive=(GONE,)).page
     expect(row(page, task_id)).to_be_visible()
     master.stop()
@@ -291,12 +293,12 @@ def test_a_lost_master_is_told_and_found_again(master, dashboard_url, open_tab):
     expect(row(page, task_id)).to_be_visible()
     master.start()
     expect(page.locator("#banner")).to_be_hidden()
-    newer = master.submit()
+    newer = master.submit_one()
     expect(row(page, newer)).to_be_visible()
 
 
 def test_times_are_in_the_viewers_zone_with_utc_on_hover(master, dashboard_url, open_tab):
-    task_id = master.submit()
+    task_id = master.submit_one()
     page = open_tab(dashboard_url, timezone_id="Asia/Shanghai").page
     created = datetime.fromisoformat(master.call("GET", f"/tasks/{task_id}")["created_at"].replace("Z", "+00:00"))
     shown = row(page, task_id).locator("time")
@@ -319,7 +321,7 @@ def test_every_text_has_aa_contrast_in_light_and_dark(day, open_tab):
 
 def test_nothing_runs_off_the_side_from_a_phone_to_a_wall(master, dashboard_url, open_tab):
     ids = a_day_of_work(master)
-    long = master.submit(username="a" * 128, unique_key="https://example.org/" + "b" * 200)
+    long = master.submit_one(username="a" * 128, unique_key="https://example.org/" + "b" * 200)
     page = open_tab(dashboard_url).page
     expect(row(page, ids["failed"])).to_be_visible()
     for width in (320, 390, 768, 900, 1024, 1280, 1920):

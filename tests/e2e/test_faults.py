@@ -224,7 +224,12 @@ def test_nothing_is_lost_or_counted_twice_when_a_worker_and_the_master_are_kille
         session = requests.Session()
         for first in range(0, total, 50):
             body = [
-                {"task_type": "witness", "batch": "b", "unique_key": str(n), "task_data": {"n": n, "file": str(witness)}}
+                {
+                    "task_type": "witness",
+                    "batch": "b",
+                    "unique_key": str(n),
+                    "task_data": {"n": n, "file": str(witness)},
+                }
                 for n in range(first, first + 50)
             ]
             while not stop.is_set():
@@ -319,7 +324,11 @@ def test_an_edge_machine_needs_four_things_and_one_package(programs: list[Progra
     try:
         assert server.stdout is not None
         port = server.stdout.readline().split(" port ")[1].split()[0]
-        follow = {"task_type": "crawl", "batch": "edge", "task_data": {"url": f"http://127.0.0.1:{port}/", "follow": {}}}
+        follow = {
+            "task_type": "crawl",
+            "batch": "edge",
+            "task_data": {"url": f"http://127.0.0.1:{port}/", "follow": {}},
+        }
         master.submit(follow)
         wait_for("three pages", lambda: master.states("edge") == {"completed": 3})
         lines = master.api("GET", "/tasks/export?batch=edge&include=result").text.splitlines()
