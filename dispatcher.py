@@ -376,7 +376,8 @@ def _open_lanes(tx: Tx, asks: Iterable[Ask]) -> list[Lane]:
 
 _WAITING_SQL = (
     f"SELECT {', '.join('task.' + name for name in db.Task._fields)}, task.username, task.app_id, task.start_date,"
-    " task.end_date, task.parent_id, task.prefer_device_id, COALESCE(payload.task_data, '{}') FROM af_crawl_tasks AS task"
+    " task.end_date, task.parent_id, task.prefer_device_id, COALESCE(payload.task_data, '{}')"
+    " FROM af_crawl_tasks AS task"
     " LEFT JOIN af_task_payload AS payload ON payload.task_id = task.id"
 )
 
@@ -446,4 +447,3 @@ def _delivery(waiting: Waiting, assigned: db.Assigned) -> Delivery:
         waiting.app_id, waiting.start_date, waiting.end_date, waiting.task_data, task.batch, task.priority,
         waiting.parent_id, task.execution_timeout,
     )  # fmt: skip
-

@@ -209,8 +209,8 @@ class Batch(Table):
         table_name = "af_batch"
 
 
-# The three tables below have rowids on purpose: SQLite 3.40's quick_check sees NULL in every sound row of a table WITHOUT
-# ROWID that has a key of several columns, and the master would refuse its own file at the next start.
+# The three tables below have rowids on purpose: SQLite 3.40's quick_check sees NULL in every sound row of a table
+# WITHOUT ROWID that has a key of several columns, and the master would refuse its own file at the next start.
 
 
 class Count(Table):
