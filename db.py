@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from schema import ACTIVE
-from transaction import Tx
+from transaction import WRITER_ID, Tx
 
 #                    verb       from states                                          to states
 TRANSITIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -314,7 +314,8 @@ def _existing(tx: Tx, task: NewTask, task_id: int) -> Submitted:
 
 def batch_size(tx: Tx, batch: str) -> int:
     """How many kept tasks the batch has, in every state; exact also in the middle of a transaction."""
-    total: int = tx.one("SELECT COALESCE(SUM(n), 0) FROM af_count WHERE scope = 'batch' AND name = ?", (batch,))[0]
+    sql = "SELECT COALESCE(SUM(n), 0) FROM af_count WHERE writer_id = ? AND scope = 'batch' AND name = ?"
+    total: int = tx.one(sql, (WRITER_ID, batch))[0]
     return total + sum(n for (scope, name, _), n in tx._counts.items() if scope == "batch" and name == batch)
 
 

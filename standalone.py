@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ RESTART_SECONDS = (1.0, 30.0)
 HOPELESS = (ExitCode.SETTINGS, ExitCode.CONFLICT, ExitCode.DATABASE_BAD, ExitCode.DATABASE_IN_USE,
             ExitCode.DATABASE_NEWER, ExitCode.PORT_IN_USE, ExitCode.REFUSED)  # fmt: skip
 """A child that ends so would end so again: it is not started again, and its code becomes ours."""
+PASSING = (ExitCode.CONFLICT, ExitCode.DATABASE_IN_USE)
+PATIENCE_SECONDS = 15.0
+"""The children of a parent that was killed end within seconds; until then they hold the database and the device id."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -95,6 +99,7 @@ class Child:
         self._stopping = stopping
         self._wait_seconds = RESTART_SECONDS[0]
         self._ready = threading.Event()
+        self._patient_until = time.monotonic() + PATIENCE_SECONDS
         self.ready_line = ""
 
     def start(self) -> None:
@@ -121,8 +126,11 @@ class Child:
             else:
                 print(line, end="", flush=True)
         self.exit_code = process.wait()
-        self._ready.set()
         process.stdout.close()
+        if self.exit_code in PASSING and time.monotonic() < self._patient_until and not self._stopping.wait(1.0):
+            self.start()
+            return
+        self._ready.set()
         if not self._stopping.is_set() and self.exit_code not in HOPELESS and self.ready_line:
             log.error("%s ended with %d; it starts again in %.0f s", self.script, self.exit_code, self._wait_seconds)
             if not self._stopping.wait(self._wait_seconds):

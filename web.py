@@ -37,6 +37,7 @@ KNOWN_ERRORS: tuple[tuple[type[Exception], int, str, int], ...] = (
     (StrategyError,   422, "invalid_field",   0),
     (WriterBusy,      503, "busy",            2),
     (ReadsBusy,       503, "busy",            2),
+    (TimeoutError,    503, "busy",            2),
     (WriterStopped,   503, "stopping",        2),
     (StorageFailing,  503, "storage_failing", 30),
 )  # fmt: skip

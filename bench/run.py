@@ -151,7 +151,8 @@ def _one_latency(farm: Farm) -> float:
 
 def machine() -> str:
     cpu = next((x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), "unknown CPU")
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("granian", "bottle", "peewee", "msgspec", "requests"))
+    names = ("granian", "bottle", "peewee", "msgspec", "requests")
+    libraries = ", ".join(f"{name} {version(name)}" for name in names)
     load = os.getloadavg()[0]
     return (
         f"{cpu}, {os.cpu_count()} cores, {platform.system()} {platform.release()}, load {load:.2f} before the run;"

@@ -135,6 +135,16 @@ def test_interrupted_the_same_command_goes_on_with_the_same_batch(programs: list
     assert len([path for path in (tmp_path / "output" / "demo").iterdir() if path.is_dir()]) == 1
 
 
+def test_killed_without_goodbye_the_same_command_works_at_once(programs: list[Program], tmp_path: Path) -> None:
+    first = start(programs, tmp_path)
+    dashboard_of(first)
+    wait_for("both children", lambda: len(children_of(first.process.pid)) == 2)
+    first.kill()
+    second = start(programs, tmp_path)
+    dashboard_of(second)
+    assert second.stop(signal.SIGINT) == 0
+
+
 def test_a_port_in_use_is_said_in_one_line_with_its_exit_code(programs: list[Program], tmp_path: Path) -> None:
     first = start(programs, tmp_path / "first")
     port = dashboard_of(first).rpartition(":")[2]
