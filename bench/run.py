@@ -150,7 +150,8 @@ def _one_latency(farm: Farm) -> float:
 
 
 def machine() -> str:
-    cpu = next((x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), "unknown CPU")
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
     names = ("granian", "bottle", "peewee", "msgspec", "requests")
     libraries = ", ".join(f"{name} {version(name)}" for name in names)
     load = os.getloadavg()[0]
