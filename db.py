@@ -157,6 +157,8 @@ class Attempt(NamedTuple):
 
 _TASK_SQL = f"SELECT {', '.join(Task._fields)} FROM af_crawl_tasks WHERE id = ?"
 _ATTEMPT_SQL = f"SELECT {', '.join(Attempt._fields)} FROM af_task_assignment"
+HELD = f"INDEXED BY attempt_holder WHERE status IN ({ACTIVE})"
+"""After af_task_assignment: what devices hold now. Named, or SQLite reads a device's whole history instead."""
 
 
 def get_task(tx: Tx, task_id: int) -> Task | None:
@@ -171,7 +173,7 @@ def get_attempt(tx: Tx, assignment_id: int) -> Attempt | None:
 
 def active_attempts(tx: Tx, device_id: str) -> list[Attempt]:
     """What this device holds by the master's books, oldest first."""
-    sql = f"{_ATTEMPT_SQL} WHERE device_id = ? AND status IN ({ACTIVE}) ORDER BY id"
+    sql = f"{_ATTEMPT_SQL} {HELD} AND device_id = ? ORDER BY id"
     return [Attempt(*row) for row in tx.execute(sql, (device_id,))]
 
 

@@ -24,7 +24,6 @@ from typing import NamedTuple
 
 import db
 import devices
-from schema import ACTIVE
 from store import Store
 from strategies import Candidate, Strategy, find_strategy, least_tasks
 from transaction import Note, Tx
@@ -281,7 +280,8 @@ class Dispatcher:
             share = min(max(1, sum(ask.free for ask in fitting) // peers), TASKS_A_VISIT)
             waiting = _take_from(tx, lane, -negative_priority, share)
             for task in waiting:
-                self._give(tx, task, fitting, given, loads_known)
+                if fitting:
+                    self._give(tx, task, fitting, given, loads_known)
             if waiting:
                 tx.execute("UPDATE af_lane SET last_served = ? WHERE id = ?", (self._next_turn(tx), lane.id))
             top = _top_priority(tx, lane)
@@ -297,10 +297,12 @@ class Dispatcher:
         self._turns += 1
         return self._turns
 
-    def _give(self, tx: Tx, waiting: Waiting, fitting: Sequence[Ask], given: dict[str, tuple[Ask, list[Delivery]]],
+    def _give(self, tx: Tx, waiting: Waiting, fitting: list[Ask], given: dict[str, tuple[Ask, list[Delivery]]],
               loads_known: set[str]) -> None:  # fmt: skip
+        """Gives one task to one of the fitting asks; an ask that has no slot left leaves the list."""
         ask = self._choose(tx, waiting, fitting, loads_known)
-        if ask is None or (ask.device_id not in given and not self._take(ask)):
+        if ask.device_id not in given and not self._take(ask):
+            fitting.remove(ask)
             return
         task = waiting.task
         assigned = db.assign(tx, task, ask.device_id, pull_seq=ask.seq, is_delivered=ask.seq is None)
@@ -308,6 +310,8 @@ class Dispatcher:
         if assigned is None:
             return
         ask.free -= 1
+        if ask.free == 0:
+            fitting.remove(ask)
         ask.candidate.load += 1
         self._assignments += 1
         ask.candidate.last_assigned_seq = self._assignments
@@ -321,14 +325,13 @@ class Dispatcher:
         self._store.writer.when_undone(lambda: ask.answer(StorageFailing("the assignment could not be stored")))
         return True
 
-    def _choose(self, tx: Tx, waiting: Waiting, fitting: Sequence[Ask], loads_known: set[str]) -> Ask | None:
+    def _choose(self, tx: Tx, waiting: Waiting, fitting: Sequence[Ask], loads_known: set[str]) -> Ask:
         """The strategy's pick among at most CANDIDATE_LIMIT asking devices; not the one that just failed the task."""
-        free = [ask for ask in fitting if ask.free > 0]
-        elsewhere = [ask for ask in free if ask.device_id != waiting.task.avoid_device_id]
-        preferred = [ask for ask in free if ask.device_id == waiting.prefer_device_id]
-        asks = preferred or elsewhere or free
-        if not asks:
-            return None
+        asks: Sequence[Ask] = fitting
+        if waiting.task.avoid_device_id:
+            asks = [ask for ask in fitting if ask.device_id != waiting.task.avoid_device_id] or fitting
+        if waiting.prefer_device_id:
+            asks = [ask for ask in fitting if ask.device_id == waiting.prefer_device_id] or asks
         if len(asks) > CANDIDATE_LIMIT:
             asks = random.sample(asks, CANDIDATE_LIMIT)
         _load(tx, [ask.candidate for ask in asks if ask.device_id not in loads_known], loads_known)
@@ -408,8 +411,7 @@ def _load(tx: Tx, candidates: Sequence[Candidate], loads_known: set[str]) -> Non
         return
     marks = ", ".join("?" * len(candidates))
     rows = tx.execute(
-        f"SELECT device_id, COUNT(*) FROM af_task_assignment WHERE status IN ({ACTIVE}) AND device_id IN ({marks})"
-        " GROUP BY device_id",
+        f"SELECT device_id, COUNT(*) FROM af_task_assignment {db.HELD} AND device_id IN ({marks}) GROUP BY device_id",
         [candidate.device_id for candidate in candidates],
     )
     loads = dict(rows.fetchall())
@@ -422,13 +424,13 @@ def _unacknowledged(tx: Tx, ask: Ask) -> list[Delivery]:
     """Marks what the device has received by its ack; returns what it has not, to be sent with the same leases."""
     acknowledged = ask.ack if ask.ack is not None else -1
     tx.execute(
-        f"UPDATE af_task_assignment SET delivered_at = ? WHERE device_id = ? AND status IN ({ACTIVE})"
-        " AND delivered_at IS NULL AND pull_seq <= ?",
+        f"UPDATE af_task_assignment SET delivered_at = ? WHERE id IN (SELECT id FROM af_task_assignment {db.HELD}"
+        " AND device_id = ? AND delivered_at IS NULL AND pull_seq <= ?)",
         (tx.now, ask.device_id, acknowledged),
     )
     attempts = tx.execute(
-        f"SELECT id, lease_id, task_id FROM af_task_assignment WHERE device_id = ? AND status IN ({ACTIVE})"
-        " AND delivered_at IS NULL ORDER BY id",
+        f"SELECT id, lease_id, task_id FROM af_task_assignment {db.HELD} AND device_id = ? AND delivered_at IS NULL"
+        " ORDER BY id",
         (ask.device_id,),
     ).fetchall()
     again = []

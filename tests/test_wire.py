@@ -8,6 +8,7 @@ import typing
 import msgspec
 import pytest
 
+import values
 import wire
 from values import BIGGEST_INTEGER, Invalid
 
@@ -424,3 +425,13 @@ def test_a_problem_carries_its_title_and_its_field() -> None:
         "detail": "Write it.", "field": "a",
     }  # fmt: skip
     assert "field" not in wire.problem(404, "unknown_task", "No.")
+
+
+def test_every_decoder_is_ready_before_the_first_request() -> None:
+    """msgspec 0.22 crashes the process when two threads are the first to use a message type at the same moment."""
+    bodies = [kind for kind in vars(wire).values() if isinstance(kind, type) and issubclass(kind, wire.Body)]
+    messages = [kind for kind in bodies if kind not in (wire.Body, wire.DeviceBody, wire.StrictBody)]
+    missed = values.decoder_for.cache_info().misses
+    for kind in [*messages, wire.TaskList, wire.AssignmentOnly]:
+        values.decoder_for(kind)
+    assert len(messages) > 10 and values.decoder_for.cache_info().misses == missed
