@@ -34,7 +34,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from schema import ACTIVE
+from schema import ACTIVE, TASK_STATES
 from transaction import WRITER_ID, Tx
 
 #                    verb       from states                                          to states
@@ -50,7 +50,7 @@ TRANSITIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "cancel":       (("scheduled", "pending", "assigned", "running"),    ("cancelled",)),
     "requeue":      (("failed", "cancelled"),                            ("pending",)),
 }  # fmt: skip
-STATES = ("scheduled", "pending", "assigned", "running", "completed", "failed", "cancelled")
+STATES = TASK_STATES
 FINAL = ("completed", "failed", "cancelled")
 FAILED_BY_SWEEP = ("timeout", "poison", "gave_up")
 
