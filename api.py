@@ -332,7 +332,7 @@ class Api:
         form = call.query.choice("format", tuple(EXPORT_KINDS)) or "jsonl"
         with_result = call.query.choice("include", ("result",)) == "result"
         call.query.finish()
-        rows = self.reads.export(filters, include_result=with_result)
+        rows = export.begun(self.reads.export(filters, include_result=with_result))
         columns = EXPORT_COLUMNS + (["result"] if with_result else [])
         lines = export.csv_lines(rows, columns) if form == "csv" else export.json_lines(rows)
         return web.stream(lines, EXPORT_KINDS[form], ("Content-Disposition", f'attachment; filename="tasks.{form}"'))

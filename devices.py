@@ -247,7 +247,9 @@ def _is_still_theirs(tx: Tx, device_id: str, held: Held) -> bool:
     task = db.get_task(tx, attempt.task_id)
     if task is None or task.assignment_id != attempt.id or task.status in db.FINAL:
         return False
-    if held.phase == "running" and attempt.status != "running":
+    device = get_device(tx, device_id)
+    is_adoptable = device is not None and device.wanted != "disabled"
+    if held.phase == "running" and attempt.status != "running" and is_adoptable:
         report = db.Report(held.assignment_id, held.lease_id, "running", progress=held.progress)
         return db.apply_report(tx, device_id, report).outcome == "accepted"
     return attempt.status in ("assigned", "running")

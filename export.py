@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +17,11 @@ import msgspec
 
 Rows = Iterator[dict[str, Any]]
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+
+
+def begun(rows: Rows) -> Rows:
+    """The same rows, with the first one read now: what fails at the start is an error reply and no broken file."""
+    return itertools.chain([row for row in (next(rows, None),) if row is not None], rows)
 
 
 def json_lines(rows: Rows) -> Iterator[bytes]:

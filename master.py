@@ -74,8 +74,13 @@ def run(settings: Settings, path: Path, *, stop_with_stdin: bool = False) -> int
     clock = Clock(not_before=last_moment(path))
     store = Store(path, policy=_policy(settings), moments=clock.moments, max_queue_length=settings.max_queue_length)
     presence = Presence(watching_since=clock.now())
+    # The server may have got fewer threads than it asked for: polls must never take the last ones.
+    affordable_polls = max(1, server.threads - settings.max_event_streams - ROOM_THREADS)
     dispatcher = Dispatcher(
-        store, presence, strategy=settings.load_balance_strategy, max_held_polls=settings.max_held_polls
+        store,
+        presence,
+        strategy=settings.load_balance_strategy,
+        max_held_polls=min(settings.max_held_polls, affordable_polls),
     )
     events = Events(settings.max_event_streams)
     store.listeners.append(events.hear)

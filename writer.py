@@ -188,7 +188,10 @@ class Writer:
         assert self.connection is not None
         log.error("a group of %d writes was undone: %s", len(group), error)
         if self.connection.in_transaction:
-            self.connection.execute("ROLLBACK")
+            try:
+                self.connection.execute("ROLLBACK")
+            except sqlite3.Error as second:
+                log.error("the rollback failed too: %s", second)  # the next BEGIN fails, and says so to its jobs
         for job in group:
             if not job.future.done():
                 self._fail(job, _as_storage_failure(error))

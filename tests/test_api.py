@@ -21,6 +21,7 @@ from farm import Master, Program, wait_for
 
 import access
 import api
+import export
 import openapi
 import reads
 
@@ -803,3 +804,14 @@ def test_another_host_name_is_refused_without_the_key(locked: Master, master: Ma
 
 def test_the_key_is_in_no_log(locked: Master) -> None:
     assert KEY not in locked.output and KEY not in (locked.folder / "master.log").read_text()
+
+
+def test_an_export_that_cannot_begin_is_an_error_and_not_a_broken_file() -> None:
+    def busy() -> Iterator[dict[str, Any]]:
+        raise reads.ReadsBusy("all read connections are in use")
+        yield {}
+
+    with pytest.raises(reads.ReadsBusy):
+        export.begun(busy())
+    assert list(export.begun(iter([{"id": 1}, {"id": 2}]))) == [{"id": 1}, {"id": 2}]
+    assert list(export.begun(iter([]))) == []

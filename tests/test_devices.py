@@ -192,6 +192,14 @@ def test_disabling_a_device_hands_its_tasks_back_and_tells_it(world: World) -> N
     assert world.beat(holding=(held(task, "queued"),)) == [task.assignment_id]
 
 
+def test_a_disabled_device_does_not_win_its_task_back_by_a_beat(world: World) -> None:
+    task_id = world.submit()
+    task = world.take(start=True)
+    world.store.write(devices.set_wanted, "shop-1", "disabled", None)
+    assert world.beat(holding=(held(task),)) == [task.assignment_id]
+    assert world.row(task_id)["status"] == "pending"
+
+
 def test_a_removed_device_is_unknown_and_its_tasks_go_elsewhere(world: World) -> None:
     task_id = world.submit()
     world.take(start=True)
