@@ -203,14 +203,14 @@ def read_body(environ: dict[str, Any], limit: int) -> bytes:
         return kept
     if environ.get("HTTP_TRANSFER_ENCODING"):
         text = "Send the body with a Content-Length, not in chunks."
-        raise Refused(411, "length_required", text, {"Connection": "close"})
+        raise Refused(411, "length_required", text)
     length_text = str(environ.get("CONTENT_LENGTH") or "0")
     if not re.fullmatch(r"[0-9]{1,18}", length_text):
-        raise Refused(400, "bad_length", "Content-Length must be a whole number.", {"Connection": "close"})
+        raise Refused(400, "bad_length", "Content-Length must be a whole number.")
     length = int(length_text)
     if length > limit:
         text = f"The body has {length} bytes; at most {limit} are accepted. Send it in smaller parts."
-        raise Refused(413, "too_large", text, {"Connection": "close"})
+        raise Refused(413, "too_large", text)
     if length:
         require_json(environ)
     environ["af.body"] = body = _read_exactly(environ["wsgi.input"], length)
@@ -224,7 +224,7 @@ def _read_exactly(stream: Any, length: int) -> bytes:
         part = stream.read(missing)
         if not part:
             text = f"The body ended after {length - missing} of {length} bytes; send it again."
-            raise Refused(400, "cut_off", text, {"Connection": "close"})
+            raise Refused(400, "cut_off", text)
         parts.append(part)
         missing -= len(part)
     return b"".join(parts)

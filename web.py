@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,6 +106,9 @@ class _Endpoint:
         for name, value in SECURITY_HEADERS.items():
             if name not in response.headers:
                 response.set_header(name, value)
+        if _has_unread_body(environ):
+            # The server closes a connection with an unread body; a client that is not told sends its next call into it.
+            response.set_header("Connection", "close")
         return response
 
     def _handle(self, environ: dict[str, Any], names: dict[str, str]) -> Any:
@@ -115,6 +118,11 @@ class _Endpoint:
         body = read_body(environ, self._max_body_bytes) if operation.method in WRITING else b""
         query = Query(environ.get("QUERY_STRING", ""))
         return self._route.handler(Call(body, query, names, environ.get("REMOTE_ADDR", ""), environ))
+
+
+def _has_unread_body(environ: Mapping[str, Any]) -> bool:
+    is_announced = environ.get("HTTP_TRANSFER_ENCODING") or environ.get("CONTENT_LENGTH") not in (None, "", "0")
+    return bool(is_announced) and "af.body" not in environ
 
 
 def _refuse_unreadable_path(environ: dict[str, Any]) -> None:
@@ -171,6 +179,8 @@ def _refused_by_bottle(error: bottle.HTTPError) -> bytes:
     code, detail = texts.get(status, ("bad_request", "The request could not be read."))
     for name, value in {**SECURITY_HEADERS, "Content-Type": "application/problem+json"}.items():
         bottle.response.set_header(name, value)
+    if _has_unread_body(bottle.request.environ):
+        bottle.response.set_header("Connection", "close")
     bottle.response.status = status
     encoded: bytes = wire.encode(wire.problem(status, code, detail))
     return encoded

@@ -150,6 +150,15 @@ def test_how_a_body_is_sent_is_checked_before_what_it_says(
     assert (raw.status, raw.document["code"]) == (411, "length_required")
 
 
+@pytest.mark.parametrize(
+    "line", ["POST /api/distribution/tasks", "POST /api/distribution/nothing", "GET /api/distribution/tasks"]
+)
+def test_a_reply_that_comes_before_the_body_closes_the_connection(master: Master, line: str) -> None:
+    """Else the client's next request on it is lost now and then."""
+    reply = raw_request(master, line, b"", "Content-Type: text/plain", "Content-Length: 2")
+    assert "connection: close" in reply.head.lower()
+
+
 @ROUTES
 def test_no_body_at_all_changes_nothing(master: Master, work: dict[str, str], method: str, path: str) -> None:
     if path.endswith(("/cancel", "/requeue", "/pause", "/resume")):
