@@ -22,6 +22,7 @@ import strategies
 import worker
 import writer
 from executors import task_executor
+from executors.device import reports
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -221,7 +222,7 @@ DEFAULTS = settings.Settings()
         f"Every {DEFAULTS.heartbeat_interval:g} s, from a thread of its own",
         f"After `device_timeout` ({DEFAULTS.device_timeout:g} s)",
         f"the master takes it back {db.GRACE_SECONDS:g} s later",
-        f"Up to {worker.REPORTS_PER_REQUEST} in a request",
+        f"Up to {reports.REPORTS_PER_REQUEST} in a request",
         f"is full ({DEFAULTS.spool_max_bytes // 2**20} MiB)",
         f"running tasks get {DEFAULTS.drain_seconds:g} s",
         f"spread over {DEFAULTS.reconnect_seconds:g} s after an outage",

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-import worker
-from worker import Report, Spool
+from executors.device import spool as spooling
+from executors.device.spool import Report, Spool
 
 MAX_BYTES = 1024 * 1024
 
@@ -55,7 +55,7 @@ def test_reports_come_back_after_a_restart_in_order_with_their_bytes(three: Path
 
 def test_a_batch_is_synced_once_and_whole_before_write_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
-    monkeypatch.setattr(worker, "sync_file", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
+    monkeypatch.setattr(spooling, "sync_file", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
     Spool(tmp_path, MAX_BYTES).write([report(number) for number in range(100)])
     assert synced == [path.stat().st_size for path in segments(tmp_path)]
 
@@ -183,12 +183,12 @@ def test_a_full_disk_loses_nothing_and_heals(tmp_path: Path, monkeypatch: pytest
         real_write(descriptor, content[:torn_bytes])
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(worker.os, "write", full)
+    monkeypatch.setattr(spooling.os, "write", full)
     spool.write([report(2)])
     spool.write([report(3)])
     assert not spool.is_writable  # no more pulls
     assert [entry.assignment_id for entry in spool.oldest(10, MAX_BYTES)] == [1, 2, 3]  # sent all the same
-    monkeypatch.setattr(worker.os, "write", real_write)
+    monkeypatch.setattr(spooling.os, "write", real_write)
     spool.write([])
     assert spool.is_writable
     assert numbers(reopened(tmp_path)) == [1, 2, 3]
@@ -222,9 +222,9 @@ def _child_life(folder: Path, die_at: int, said: int) -> None:
         return call
 
     write = os.write
-    worker.sync_file = mortal(worker.sync_file)
-    worker.sync_folder = mortal(worker.sync_folder)
-    worker.os.open, worker.os.write = mortal(os.open), mortal(os.write)
+    spooling.sync_file = mortal(spooling.sync_file)
+    spooling.sync_folder = mortal(spooling.sync_folder)
+    spooling.os.open, spooling.os.write = mortal(os.open), mortal(os.write)
     Path.unlink = mortal(Path.unlink)  # type: ignore[method-assign]
     spool = Spool(folder, max_bytes=4096)
     for number in range(1, 12, 2):

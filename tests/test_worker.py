@@ -18,6 +18,8 @@ import requests
 from fake_master import Answer, Dripping, FakeMaster, captive_portal, problem
 
 import worker
+from executors.device import link, machine, reports
+from executors.device.spool import Spool
 from settings import ExitCode, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -134,7 +136,7 @@ class Device:
         records = [
             (path, offset, kind, payload)
             for path in sorted((self.folder / "state/shop-7/spool").glob("*.spool"))
-            for offset, kind, payload in worker.Spool.records(path.read_bytes())
+            for offset, kind, payload in Spool.records(path.read_bytes())
         ]
         done = {tuple(place) for _, _, kind, payload in records if kind == b"A" for place in json.loads(payload)}
         return [json.loads(p) for path, at, kind, p in records if kind == b"R" and (int(path.stem), at) not in done]
@@ -705,23 +707,24 @@ def test_beats_carry_machine_figures_unless_monitoring_is_off(
 
 
 def test_the_figures_come_without_psutil_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "psutil", None)
-    figures = worker.Machine(tmp_path).usage()
+    monkeypatch.setattr(machine, "psutil", None)
+    figures = machine.Machine(tmp_path).usage()
     assert {"memory_usage", "disk_usage"} <= set(figures)
     assert all(0 <= figure <= 100 for figure in figures.values())
 
 
 def test_it_imports_where_fcntl_and_psutil_are_absent() -> None:
-    run = "import sys; sys.modules.update(fcntl=None, psutil=None)\nimport worker; print(worker.fcntl, worker.psutil)"
+    run = "import sys; sys.modules.update(fcntl=None, psutil=None)\nimport worker\n"
+    run += "from executors.device.machine import fcntl, psutil; print(fcntl, psutil)"
     done = subprocess.run([sys.executable, "-c", run], cwd=ROOT, capture_output=True, text=True, timeout=30)
     assert done.stdout.strip() == "None None", done.stderr
 
 
 def test_a_master_may_not_shorten_or_stretch_what_this_device_was_told(tmp_path: Path) -> None:
-    assert worker.number("nan", 3.0, 0, 10) == 3.0
-    assert worker.number(None, 3.0, 0, 10) == 3.0
-    assert worker.number(1e9, 3.0, 0, 10) == 10
-    assert worker.number(-1, 3.0, 0, 10) == 0
+    assert link.number("nan", 3.0, 0, 10) == 3.0
+    assert link.number(None, 3.0, 0, 10) == 3.0
+    assert link.number(1e9, 3.0, 0, 10) == 10
+    assert link.number(-1, 3.0, 0, 10) == 0
 
 
 def test_the_contract_names_the_numbers_that_the_code_has() -> None:
@@ -730,12 +733,12 @@ def test_the_contract_names_the_numbers_that_the_code_has() -> None:
         f"held up to pull_wait_seconds ({defaults.pull_wait_seconds:g}, at most 25)",
         "({:g} to {:g} s)".format(*worker.FULL_WAIT_SECONDS),
         f"Every heartbeat_interval ({defaults.heartbeat_interval:g} s",
-        f"At most {worker.REPORTS_PER_REQUEST} in a request",
+        f"At most {reports.REPORTS_PER_REQUEST} in a request",
         f"has run for {worker.START_REPORT_SECONDS:g} s",
         f"may go on for {worker.CANCEL_GRACE_SECONDS:g} s",
-        f"Connecting takes at most {worker.CONNECT_SECONDS:g} s",
-        f"pull: wait + {worker.PULL_EXTRA_SECONDS:g} s, beat {worker.BEAT_SECONDS:g}, report {worker.REPORT_SECONDS:g}",
-        f"{worker.LONGEST_BACKOFF_SECONDS:g} s)",
+        f"Connecting takes at most {link.CONNECT_SECONDS:g} s",
+        f"pull: wait + {worker.PULL_EXTRA_SECONDS:g} s, beat {worker.BEAT_SECONDS:g}, report {reports.REPORT_SECONDS:g}",
+        f"{link.LONGEST_BACKOFF_SECONDS:g} s)",
         f"drain_seconds ({defaults.drain_seconds:g})",
         f"flushed ({worker.FLUSH_SECONDS:g} s)",
         f"A second signal, {worker.SECOND_SIGNAL_SECONDS:g} s later",
@@ -746,16 +749,16 @@ def test_the_contract_names_the_numbers_that_the_code_has() -> None:
 
 
 def test_waits_grow_have_an_end_and_are_spread_after_an_outage() -> None:
-    link = worker.Link("http://master")
-    link.worked()
-    link.spread_seconds = 30.0
-    gone, broken = worker.Unreachable("refused"), worker.Unreachable("reset", was_broken=True)
-    link._failures = 1
-    assert link._longest_wait(broken) == 3.0
-    assert link._longest_wait(gone) == 30.0
+    a_link = link.Link("http://master")
+    a_link.worked()
+    a_link.spread_seconds = 30.0
+    gone, broken = link.Unreachable("refused"), link.Unreachable("reset", was_broken=True)
+    a_link._failures = 1
+    assert a_link._longest_wait(broken) == 3.0
+    assert a_link._longest_wait(gone) == 30.0
     waits = []
-    for link._failures in range(2, 12):
-        waits.append(link._longest_wait(gone))
+    for a_link._failures in range(2, 12):
+        waits.append(a_link._longest_wait(gone))
     assert waits == [2, 4, 8, 16, 32, 60, 60, 60, 60, 60]
 
 

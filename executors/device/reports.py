@@ -1,0 +1,202 @@
+"""How does the end of a task reach the master?"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import queue
+import threading
+from typing import Any, Union
+
+from executors.device.holding import RUNNING, Held, Holding
+from executors.device.link import MasterClient, Refused, Unreachable
+from executors.device.spool import Report, Spool
+
+log = logging.getLogger("worker")
+
+REPORT_SECONDS = 30.0
+REPORTS_PER_REQUEST = 100
+
+
+class Reporter:
+    """How does the end of a task reach the master? Through two threads: one journals, one sends.
+
+    They are two so that a result is on disk at once even while a send hangs, and one batch is synced while another is
+    on its way."""
+
+    ENVELOPE_BYTES = 1024
+    REPLACED = ("result_too_large", "report_refused")
+
+    def __init__(self, spool: Spool, holding: Holding, client: MasterClient, device_id: str, boot_id: str) -> None:
+        self.spool, self.holding, self.client = spool, holding, client
+        self.max_body_bytes = 8 * 1024 * 1024
+        self._envelope = {"device_id": device_id, "boot_id": boot_id}
+        self._outbox: queue.SimpleQueue[Union[Report, list[Report]]] = queue.SimpleQueue()
+        self._ready = threading.Condition()
+        self._starts: list[Held] = []
+        self._unwritten = self._unwritten_bytes = 0
+        self._was_full = False
+        replayed = spool.pending()
+        self._replayed_left = len(replayed)
+        for report in replayed:
+            holding.add_reported(report)
+        if replayed:
+            log.info("spool replayed reports=%d", len(replayed))
+
+    def put(self, content: dict[str, Any]) -> None:
+        """Report the end of a task; called by whoever settled it."""
+        payload = self._encoded(content)
+        self._post(Report(content["assignment_id"], content["lease_id"], payload, len(payload)))
+
+    def _post(self, item: Union[Report, list[Report]]) -> None:
+        with self._ready:
+            self._unwritten += 1
+            self._unwritten_bytes += item.size if isinstance(item, Report) else 0
+        self._outbox.put(item)
+
+    def put_start(self, held: Held) -> None:
+        """Report that a task runs. It is cheap to lose: the heartbeat says it, too."""
+        with self._ready:
+            self._starts.append(held)
+            self._ready.notify_all()
+
+    def _encoded(self, content: dict[str, Any]) -> bytes:
+        try:
+            payload = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            return self._encoded(self._failed(content, "report_refused", f"the result is not JSON: {error}"))
+        if len(payload) > self.max_body_bytes - self.ENVELOPE_BYTES:
+            what = f"the report has {len(payload)} bytes, the master takes {self.max_body_bytes}"
+            return self._encoded(self._failed(content, "result_too_large", what))
+        return payload
+
+    @staticmethod
+    def _failed(content: dict[str, Any], error_type: str, message: str) -> dict[str, Any]:
+        kept: dict[str, Any] = {
+            name: content[name] for name in ("assignment_id", "lease_id", "duration_seconds") if name in content
+        }
+        message = message.encode("utf-8", "replace").decode()[:1000]
+        return {**kept, "outcome": "failed", "error_type": error_type, "error_message": message, "retry": False}
+
+    # -- the journal's thread --
+
+    def journal(self) -> None:
+        """Wait for news, then make all there is durable with one sync and hand it to the sender."""
+        try:
+            news = [self._outbox.get(timeout=None if self.spool.is_writable else 2.0)]
+        except queue.Empty:
+            news = []  # the disk may have room again
+        with contextlib.suppress(queue.Empty):
+            while len(news) < 1000:
+                news.append(self._outbox.get_nowait())
+        reports = [item for item in news if isinstance(item, Report)]
+        self.spool.write(reports, [report for item in news if isinstance(item, list) for report in item])
+        with self._ready:
+            self._unwritten -= len(news)
+            self._unwritten_bytes -= sum(report.size for report in reports)
+            self._ready.notify_all()
+        if self._is_full() != self._was_full:
+            self._was_full = not self._was_full
+            log.warning(
+                "spool %s", "full: no more pulls until the master takes reports" if self._was_full else "has room"
+            )
+
+    # -- the sender's thread --
+
+    def send(self) -> None:
+        """Wait for something to report, then send one batch."""
+        with self._ready:
+            while not self._starts and self.spool.is_empty:
+                self._ready.wait()
+            starts, self._starts = self._starts[:REPORTS_PER_REQUEST], self._starts[REPORTS_PER_REQUEST:]
+        batch = [self._start_report(held) for held in starts if held.phase == RUNNING]
+        batch += self.spool.oldest(REPORTS_PER_REQUEST - len(batch), self.max_body_bytes - self.ENVELOPE_BYTES)
+        while self.spool.lost:
+            self.holding.forget(self.spool.lost.pop().assignment_id)
+        try:
+            if batch:
+                self._deliver(batch)
+        except Exception:
+            with self._ready:
+                self._starts += starts
+            raise
+
+    def _start_report(self, held: Held) -> Report:
+        content = {"assignment_id": held.assignment_id, "lease_id": held.lease_id, "outcome": "running"}
+        payload = json.dumps(content).encode()
+        return Report(held.assignment_id, held.lease_id, payload, len(payload), is_start=True)
+
+    def _deliver(self, batch: list[Report]) -> None:
+        """Send; if the master refuses the request as a whole, halve it until the bad entry stands alone."""
+        head = json.dumps(self._envelope, separators=(",", ":"))[:-1].encode()
+        body = b'%s,"reports":[%s]}' % (head, b",".join(report.payload or b"" for report in batch))
+        try:
+            reply = self.client.post("/tasks/report", body, REPORT_SECONDS)
+        except Refused as refused:
+            if refused.status not in (400, 413, 422):
+                raise
+            if len(batch) > 1:
+                self._deliver(batch[: len(batch) // 2])
+                self._deliver(batch[len(batch) // 2 :])
+            else:
+                self._refused(batch[0], refused.detail, is_large=refused.status == 413)
+                self._acknowledged(batch)
+            return
+        answers = reply.get("reports")
+        if not isinstance(answers, list) or len(answers) != len(batch):
+            raise Unreachable("answered a report without one outcome for each entry", was_broken=True)
+        for report, answer in zip(batch, answers):
+            self._judge(report, answer if isinstance(answer, dict) else {})
+        self._acknowledged(batch)
+
+    def _judge(self, report: Report, answer: dict[str, Any]) -> None:
+        outcome, detail = answer.get("outcome"), answer.get("detail") or ""
+        if report.is_start:
+            if outcome in ("gone", "stale"):
+                self.holding.cancel([report.assignment_id])
+        elif outcome in ("gone", "stale"):
+            log.warning("report %s assignment=%s %s", outcome, report.assignment_id, detail)
+        elif outcome not in ("accepted", "duplicate"):
+            self._refused(report, f"{outcome}: {detail}", is_large=False)
+
+    def _refused(self, report: Report, detail: str, *, is_large: bool) -> None:
+        """The master will never take this entry: say failed in its place, once; then leave it to a person."""
+        if report.is_start:
+            return
+        log.error("report refused assignment=%s: %s", report.assignment_id, detail)
+        content = json.loads(report.payload or b"{}")
+        if content.get("outcome") == "released" or content.get("error_type") in self.REPLACED:
+            self.spool.set_aside(f"{report.segment}-{report.offset}.refused", report.payload or b"")
+            return
+        message = "the master finds the report too large" if is_large else f"the master refused the report: {detail}"
+        self.put(self._failed(content, self.REPLACED[0 if is_large else 1], message))
+
+    def _acknowledged(self, batch: list[Report]) -> None:
+        """Off the list. A replacement is in the outbox already, so that the disk never lacks both."""
+        settled = [report for report in batch if not report.is_start]
+        self.spool.remove(settled)
+        with self._ready:
+            self._replayed_left -= sum(report.is_replayed for report in settled)
+        for report in settled:
+            self.holding.forget(report.assignment_id)
+        if settled:
+            self._post(settled)
+
+    # -- what others ask --
+
+    @property
+    def is_replaying(self) -> bool:
+        """Reports of an earlier process go first, before any pull."""
+        return self._replayed_left > 0 and not self.spool.is_empty
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the device may take more tasks, whose reports will need a place."""
+        return self.spool.is_writable and not self._is_full()
+
+    def _is_full(self) -> bool:
+        return self.spool.pending_bytes + self._unwritten_bytes >= self.spool.max_bytes
+
+    def is_flushed(self, *, to_disk_only: bool = False) -> bool:
+        return self._unwritten == 0 and (to_disk_only or self.spool.is_empty)
