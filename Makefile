@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+BENCH_VENV := .venv-bench
 REQUIREMENTS := $(wildcard requirements*.txt)
 
 .PHONY: help
@@ -52,11 +53,21 @@ format: $(VENV)/.stamp-dev  ## format the code
 docs: $(VENV)/.stamp-dev  ## make the generated documents again
 	@$(BIN)/python scripts/make_docs.py
 
+$(BENCH_VENV)/.stamp: requirements-bench.txt
+	@test -x $(BENCH_VENV)/bin/python || $(PYTHON) -m venv $(BENCH_VENV)
+	@echo "installing the task systems to compare with into $(BENCH_VENV) ..."
+	@$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	@touch $@
+
+.PHONY: edge
+edge: $(VENV)/.stamp-run  ## dist/worker.pyz: a whole device in one file, served by the master
+	@$(BIN)/python scripts/make_edge.py
+
 .PHONY: bench
-bench: $(VENV)/.stamp-dev  ## first figures: end to end, bulk submit, idle latency
+bench: $(VENV)/.stamp-dev $(BENCH_VENV)/.stamp  ## end to end, bulk submit, idle latency, beside other task systems
 	@$(BIN)/python bench/run.py $(ARGS)
 
 .PHONY: clean
-clean:  ## remove .venv and caches; never data, logs or output
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean:  ## remove .venv, dist and caches; never data, logs or output
+	rm -rf $(VENV) dist $(BENCH_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,7 +2,8 @@
 
 `make bench`, or `python bench/run.py --quick` for a first impression. The master and the workers are the shipped
 programs, as processes of their own on loopback, with the spool on, synchronous=FULL and full history; everything lies
-in a temporary folder. The submitter, this program, shares the machine with them.
+in a temporary folder. The submitter, this program, shares the machine with them. Other task systems (bench/peers.py)
+follow in the same run, with a quarter of the tasks.
 
 It measures and never judges: the figures depend on the machine, and on what else it does.
 """
@@ -26,6 +27,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench import peers
 from bench.farm import BODY_TASKS, Farm, bodies, cpu_seconds, open_farm, wait_until
 
 WORKERS = 2
@@ -143,6 +145,18 @@ def tables(runs: int, tasks: int, slots: int, latencies: int, say: Callable[[str
         say(row(what, "ms", [percentile(run, percent) for run in waits]))
 
 
+def peer_table(runs: int, tasks: int, say: Callable[[str], None]) -> None:
+    """The same no-op tasks through every peer; one sentence instead where they are not installed."""
+    if why := peers.missing():
+        say(f"\nNo other task system was measured: {why}.")
+        return
+    say("\n| other task systems, 2 workers | median | min to max | raw runs |\n|---|---|---|---|")
+    for peer in peers.PEERS:
+        found = [peers.run(peer, tasks) for _ in range(runs)]
+        say(row(peer.name, "tasks/s", [run.rate for run in found]))
+        say(row(f"{peer.name}: CPU", "s per 1,000 tasks", [run.cpu for run in found]))
+
+
 def main(argv: list[str] | None = None) -> int:
     first, _, more = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(description=first, epilog=more, formatter_class=argparse.RawTextHelpFormatter)
@@ -151,6 +165,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tasks", type=int, default=20_000, help="tasks of a run (20000)")
     parser.add_argument("--slots", type=int, default=100, help="concurrent_tasks of each worker, end to end (100)")
     parser.add_argument("--latencies", type=int, default=200, help="single submits of a latency run (200)")
+    parser.add_argument("--no-peers", action="store_true", help="leave the other task systems out")
     options = parser.parse_args(argv)
     if options.quick:
         parser.set_defaults(**QUICK)
@@ -164,8 +179,14 @@ def main(argv: list[str] | None = None) -> int:
         f"{options.tasks:,} tasks a run, {options.latencies} submits a latency run; FULL durability, spool on,"
         " every attempt kept, logs at WARNING, all else as shipped\n"
     )
-    tables(*counts, say=lambda line: print(line, flush=True))
+    tables(*counts, say=_say)
+    if not options.no_peers:
+        peer_table(options.runs, max(1, options.tasks // 4), _say)
     return 0
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 if __name__ == "__main__":
