@@ -67,6 +67,10 @@ edge: $(VENV)/.stamp-run  ## dist/worker.pyz: a whole device in one file, served
 bench: $(VENV)/.stamp-dev $(BENCH_VENV)/.stamp  ## end to end, bulk submit, idle latency, beside other task systems
 	@$(BIN)/python bench/run.py $(ARGS)
 
+.PHONY: bench-fleet
+bench-fleet: $(VENV)/.stamp-dev  ## a simulated fleet: 1,000 idle devices, 5,000 at work, 10,000 back after a kill
+	@$(BIN)/python bench/fleet.py $(ARGS)
+
 .PHONY: clean
 clean:  ## remove .venv, dist and caches; never data, logs or output
 	rm -rf $(VENV) dist $(BENCH_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -70,6 +70,18 @@ class Program:
             return float("nan")
         return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
+    def resident_bytes(self) -> int:
+        """Memory in use now; 0 where there is no /proc."""
+        try:
+            return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        except OSError:
+            return 0
+
+    def kill(self) -> None:
+        """As a power cut does, without a word."""
+        self.process.kill()
+        self.process.wait(10)
+
     def close(self) -> None:
         self.process.terminate()
         try:
@@ -85,8 +97,8 @@ class Farm:
     def __init__(self, folder: Path, stack: contextlib.ExitStack) -> None:
         self._folder, self._stack = folder, stack
         self.workers: list[Program] = []
-        self.master = self._start("master.py", {**MASTER, "database": str(folder / "distribution.db")})
-        wait_until("the master", self._is_ready)
+        self.database = folder / "distribution.db"
+        self.master = self._start_master(port=0)
         self.url = self.master.first_line.split()[1]
         self._session = stack.enter_context(requests.Session())
         self._session.trust_env = False
@@ -96,6 +108,18 @@ class Farm:
         program = Program(script, self._folder, settings)
         self._stack.callback(program.close)
         return program
+
+    def _start_master(self, port: int) -> Program:
+        self.master = self._start("master.py", {**MASTER, "port": port, "database": str(self.database)})
+        wait_until("the master", self._is_ready)
+        return self.master
+
+    def kill_master(self) -> None:
+        self.master.kill()
+
+    def start_master_again(self) -> None:
+        """On the same port and the same database."""
+        self._start_master(port=int(self.url.rpartition(":")[2]))
 
     def _is_ready(self) -> bool:
         self.master.check()
