@@ -1,6 +1,7 @@
 """How does a command reach the master? One address, a few retries, and every refusal as one sentence.
 
-It knows the public API only. A master that restarts is waited for; a key that is refused is not tried again.
+It knows the public API only. A master that restarts is waited for; a key that is refused is not tried again. An export
+is whole, by its end mark, or an error.
 """
 
 from __future__ import annotations
@@ -8,20 +9,23 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ipaddress
+import json
 import os
 import random
 import re
 import time
 import urllib.parse
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterable, Iterator
 
 import settings as knobs
 from settings import ExitCode, Settings, one_line
 
 READ_BYTES = 64 * 1024
-# Waits of about 0.5, 1, 2, 4 and 8 s: a master that restarts is back by then.
+# Waits of about 0.5, 1, 2, 4 and 8 s: a master that restarts is back by then. Who tries more often waits 8 s each time,
+# and longer only where the master asks for it.
 ATTEMPTS = 6
 FIRST_WAIT_SECONDS = 0.5
+LONGEST_BACKOFF_SECONDS = 8.0
 LONGEST_WAIT_SECONDS = 30.0
 CONNECT_AND_READ_SECONDS = (5.0, 60.0)
 BUSY_STATUSES = (429, 502, 503, 504)
@@ -33,6 +37,10 @@ class CommandFailed(Exception):
     def __init__(self, message: str, exit_code: int = ExitCode.UNREACHABLE) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class CutOff(CommandFailed):
+    """An export that is not whole; the same again may be."""
 
 
 def master_address(settings: Settings, arguments: argparse.Namespace) -> str:
@@ -56,16 +64,26 @@ def master_address(settings: Settings, arguments: argparse.Namespace) -> str:
 
 
 class Master:
-    """The public API of one master, with the key, bounded retries, and every trouble as one CommandFailed."""
+    """The public API of one master, with the key, bounded retries, and every trouble as one CommandFailed.
+
+    `pause` waits so many seconds between two attempts; what it raises ends them. `advice` is for when none succeeds.
+    """
 
     def __init__(
-        self, url: str, api_key: str, *, attempts: int = ATTEMPTS, pause: Callable[[float], None] = time.sleep
+        self,
+        url: str,
+        api_key: str,
+        *,
+        attempts: int = ATTEMPTS,
+        pause: Callable[[float], object] = time.sleep,
+        advice: str = "start it, or say where it is with --master-url or --mode",
     ):
         import requests
 
         self.url = url
         self._attempts = attempts
-        self._pause = pause
+        self.pause = pause
+        self._advice = advice
         self._errors = requests.exceptions
         self._session = requests.Session()
         # A proxy from the environment is never the way to this machine.
@@ -79,37 +97,28 @@ class Master:
 
         self._session.auth = authorize
 
-    def get(self, path: str, **parameters: object) -> Any:
+    def get(self, path: str, **parameters: object) -> dict[str, Any]:
         return self._json(self._answer("GET", path, params=parameters))
 
-    def post(self, path: str, body: bytes) -> Any:
+    def post(self, path: str, body: bytes) -> dict[str, Any]:
         return self._json(self._answer("POST", path, data=body, headers={"Content-Type": "application/json"}))
 
-    @contextlib.contextmanager
-    def stream(self, path: str, **parameters: object) -> Iterator[Iterator[bytes]]:
-        """The body in pieces; a connection that breaks in the middle raises CommandFailed."""
-        response = self._answer("GET", path, params=parameters, stream=True)
-        if response.status_code >= 400:
-            self._json(response)
-
-        def pieces() -> Iterator[bytes]:
+    def export(self, batch: str, form: str) -> Iterator[bytes]:
+        """The rows of a batch's tasks with their results, as whole_rows gives them; `form` is jsonl or csv."""
+        how = {"format": form, "batch": batch, "include": "result"}
+        with self._answer("GET", "/tasks/export", params=how, stream=True) as response:
+            if response.status_code >= 400:
+                self._json(response)
             try:
-                yield from response.iter_content(READ_BYTES)
+                yield from whole_rows(response.iter_content(READ_BYTES), form)
             except self._errors.RequestException:
-                raise CommandFailed(
-                    f"The master at {self.url} broke off in the middle; run the command again."
-                ) from None
-
-        try:
-            yield pieces()
-        finally:
-            response.close()
+                raise CutOff(f"The master at {self.url} broke off in the middle; run the command again.") from None
 
     def _answer(self, method: str, path: str, **how: Any) -> Any:
         """The first answer that is not "busy"; every request here may be sent twice, because unique keys make it so."""
         trouble = ""
         for attempt in range(self._attempts):
-            wait = FIRST_WAIT_SECONDS * 2**attempt
+            wait = min(FIRST_WAIT_SECONDS * 2**attempt, LONGEST_BACKOFF_SECONDS)
             try:
                 response = self._session.request(
                     method, f"{self.url}/api/distribution{path}",
@@ -126,10 +135,8 @@ class Master:
                 wait = max(wait, _retry_after(response))
                 response.close()
             if attempt + 1 < self._attempts:
-                self._pause(min(wait, LONGEST_WAIT_SECONDS) * random.uniform(0.8, 1.2))
-        raise CommandFailed(
-            f"No master answers at {self.url}: {trouble}; start it, or say where it is with --master-url or --mode."
-        )
+                self.pause(min(wait, LONGEST_WAIT_SECONDS) * random.uniform(0.8, 1.2))
+        raise CommandFailed(f"No master answers at {self.url}: {trouble}; {self._advice}.")
 
     def _judged(self, response: Any) -> Any:
         status = response.status_code
@@ -140,17 +147,22 @@ class Master:
             )
         kind = response.headers.get("Content-Type", "")
         if 300 <= status < 400 or "html" in kind or (status >= 400 and "json" not in kind):
-            raise CommandFailed(f"What answers at {self.url} is no master (status {status}); check address and port.")
+            raise self.not_a_master(f" (status {status})")
         return response
 
-    def _json(self, response: Any) -> Any:
+    def _json(self, response: Any) -> dict[str, Any]:
         try:
             answer = response.json()
         except (ValueError, self._errors.RequestException):
-            raise CommandFailed(f"What answers at {self.url} is no master; check address and port.") from None
+            answer = None
+        if not isinstance(answer, dict):
+            raise self.not_a_master()
         if response.status_code >= 400:
-            raise Refused(response.status_code, answer if isinstance(answer, dict) else {})
+            raise Refused(response.status_code, answer)
         return answer
+
+    def not_a_master(self, how: str = "") -> CommandFailed:
+        return CommandFailed(f"What answers at {self.url} is no master{how}; check address and port.")
 
 
 class Refused(CommandFailed):
@@ -174,3 +186,56 @@ def _reason(error: Exception) -> str:
 def _retry_after(response: Any) -> float:
     value = response.headers.get("Retry-After", "")
     return float(value) if re.fullmatch(r"[0-9]{1,6}", value) else 0.0
+
+
+def whole_rows(pieces: Iterable[bytes], form: str) -> Iterator[bytes]:
+    """The rows of an export without its end mark, the names of CSV's columns first; CutOff where it is not whole."""
+    rows, last = -1 if form == "csv" else 0, b""
+    for row in _csv_rows(pieces) if form == "csv" else _lines(pieces):
+        if last:
+            yield last
+            rows += 1
+        last = row
+    promised = _end_mark(last, form)
+    if promised != rows:
+        said = "without its end mark" if promised is None else f"with {rows} of {promised} rows"
+        raise CutOff(f"The export ended {said}: it is not complete; run the command again.")
+
+
+def _csv_rows(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Whole rows: a line end inside a quoted cell does not end its row."""
+    lines: list[bytes] = []
+    in_quotes = False
+    for line in _lines(pieces):
+        lines.append(line)
+        in_quotes ^= line.count(b'"') % 2 == 1
+        if not in_quotes:
+            yield b"".join(lines)
+            lines = []
+    if lines:
+        yield b"".join(lines)
+
+
+def _lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Whole lines with their ends; a last one without an end is a line too."""
+    rest: list[bytes] = []
+    for piece in pieces:
+        *whole, tail = piece.split(b"\n")
+        for part in whole:
+            yield b"".join(rest) + part + b"\n"
+            rest = []
+        rest.append(tail)
+    if any(rest):
+        yield b"".join(rest)
+
+
+def _end_mark(row: bytes, form: str) -> int | None:
+    """How many rows the last one promises, None where it is no end mark."""
+    if form == "csv":
+        found = re.fullmatch(rb"# end rows=([0-9]{1,18})\s*", row)
+        return int(found.group(1)) if found else None
+    with contextlib.suppress(ValueError, RecursionError):
+        mark = json.loads(row)
+        if isinstance(mark, dict) and set(mark) == {"end", "rows"} and mark["end"] is True:
+            return mark["rows"] if type(mark["rows"]) is int else None
+    return None

@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import hashlib
 import importlib
-import json
 import os
 import re
 import sys
@@ -79,18 +78,12 @@ def show_status(argv: list[str]) -> int:
     )
     settings, arguments = _client_settings(argv, parser)
     master = Master(master_address(settings, arguments), settings.api_key, attempts=1)
-    overview = _object(master, master.get("/system/overview"))
-    devices = _object(master, master.get("/devices")).get("devices")
+    overview = master.get("/system/overview")
+    devices = master.get("/devices").get("devices")
     if "tasks" not in overview or not isinstance(devices, list):
-        raise CommandFailed(f"What answers at {master.url} is no master; check address and port.")
+        raise master.not_a_master()
     print(status_text(master.url, overview, devices))
     return ExitCode.OK
-
-
-def _object(master: Master, answer: Any) -> dict[str, Any]:
-    if not isinstance(answer, dict):
-        raise CommandFailed(f"What answers at {master.url} is no master; check address and port.")
-    return answer
 
 
 def status_text(url: str, overview: dict[str, Any], devices: Sequence[dict[str, Any]]) -> str:
@@ -239,7 +232,7 @@ def _chunks(tasks: Iterable[_Prepared]) -> Iterator[list[_Prepared]]:
 def _send(master: Master, path: Path, chunk: Sequence[_Prepared], counts: dict[str, int]) -> None:
     """Post one chunk and count the answers; one that is too large for this master goes in halves."""
     try:
-        answer = _object(master, master.post("/tasks", b"[" + b",".join(task.text for task in chunk) + b"]"))
+        answer = master.post("/tasks", b"[" + b",".join(task.text for task in chunk) + b"]")
     except Refused as error:
         if error.status == 413 and len(chunk) > 1:
             middle = len(chunk) // 2
@@ -300,9 +293,11 @@ def results(argv: list[str]) -> int:
     parser.add_argument("--output", metavar="FILE", help="instead of standard output; written whole or not at all")
     settings, arguments = _client_settings(argv, parser)
     master = Master(master_address(settings, arguments), settings.api_key)
-    how = {"format": arguments.format, "batch": arguments.batch, "include": "result"}
-    with _destination(arguments.output) as output, master.stream("/tasks/export", **how) as pieces:
-        rows = copy_export(pieces, output, arguments.format)
+    rows = -1 if arguments.format == "csv" else 0  # the names of the columns are no task
+    with _destination(arguments.output) as output:
+        for row in master.export(arguments.batch, arguments.format):
+            output.write(row)
+            rows += 1
     note = f"{rows} tasks" if rows else f"no task in batch {arguments.batch}: check its name"
     print(one_line(note + (f" in {arguments.output}" if arguments.output else "")), file=sys.stderr)
     return ExitCode.OK
@@ -323,54 +318,6 @@ def _destination(name: str | None) -> Iterator[IO[bytes]]:
         raise CommandFailed(f"{name} cannot be written: {error.strerror}", ExitCode.SETTINGS) from None
     finally:
         partial.unlink(missing_ok=True)
-
-
-def copy_export(pieces: Iterable[bytes], output: IO[bytes], form: str) -> int:
-    """Copy the rows, hold back and check the end mark, return the rows; CommandFailed where the export is not whole."""
-    rows, last = 0, b""
-    in_quotes = False  # a line end inside a quoted cell of CSV does not end its row
-    for line in _lines(pieces):
-        if last:
-            output.write(last)
-            in_quotes ^= form == "csv" and last.count(b'"') % 2 == 1
-            rows += not in_quotes
-        last = line
-    promised = None if in_quotes else _end_mark(last, form)
-    rows -= form == "csv"  # the names of the columns
-    if promised != rows:
-        said = "without its end mark" if promised is None else f"with {rows} of {promised} rows"
-        raise CommandFailed(f"The export ended {said}: it is not complete; run the command again.")
-    return rows
-
-
-def _lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """Whole lines with their ends; a last one without an end is a line too."""
-    rest: list[bytes] = []
-    for piece in pieces:
-        *whole, tail = piece.split(b"\n")
-        for part in whole:
-            yield b"".join(rest) + part + b"\n"
-            rest = []
-        rest.append(tail)
-    if any(rest):
-        yield b"".join(rest)
-
-
-def _end_mark(line: bytes, form: str) -> int | None:
-    """How many rows the last line promises, None where it is no end mark."""
-    if form == "csv":
-        found = re.fullmatch(rb"# end rows=([0-9]{1,18})\s*", line)
-        return int(found.group(1)) if found else None
-    with contextlib.suppress(ValueError, RecursionError):
-        mark = json.loads(line)
-        if (
-            isinstance(mark, dict)
-            and set(mark) == {"end", "rows"}
-            and mark["end"] is True
-            and type(mark["rows"]) is int
-        ):
-            return int(mark["rows"])
-    return None
 
 
 # ---- the front door ----

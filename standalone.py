@@ -25,6 +25,7 @@ from typing import Any
 
 import demo
 import settings as settings_module
+from client import CommandFailed
 from settings import ROOT, ExitCode, Settings
 
 log = logging.getLogger("af.standalone")
@@ -57,6 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     family = Family(settings)
     _stop_on_signals(family)
     try:
+        if options.crawl:
+            options.crawl = demo.start_url(options.crawl)  # a mistake in it is said before anything is started
         family.start()
         print(f"dashboard: {family.url}   (Ctrl-C stops)", flush=True)
         if options.demo or options.crawl:
@@ -64,28 +67,21 @@ def main(argv: list[str] | None = None) -> int:
         if not (options.exit and (options.demo or options.crawl)):
             family.stopping.wait()
         return family.stop()
-    except (FamilyError, demo.DemoError) as error:
+    except CommandFailed as error:
         family.stop()
         print(f"standalone: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", ExitCode.UNREACHABLE)
+        return error.exit_code
 
 
 def _run_job(options: argparse.Namespace, settings: Settings, family: Family) -> None:
     """The crawl that was asked for; it returns early when everything is being stopped."""
+    url = _loopback(family.url)
     if options.crawl:
-        demo.crawl(options.crawl, options.max_pages, options.depth, master_url=family.url, api_key=settings.api_key,
+        demo.crawl(options.crawl, options.max_pages, options.depth, master_url=url, api_key=settings.api_key,
                    output_folder=options.output / "crawl", stop=family.stopping)  # fmt: skip
     else:
         site = Path(settings.database).parent / "demo-site"
-        demo.run(family.url, settings.api_key, site, options.output / "demo", stop=family.stopping)
-
-
-class FamilyError(Exception):
-    """A child could not be started; the text is its own last line."""
-
-    def __init__(self, text: str, exit_code: int) -> None:
-        super().__init__(text)
-        self.exit_code = exit_code
+        demo.run(url, settings.api_key, site, options.output / "demo", stop=family.stopping)
 
 
 class Child:
@@ -141,10 +137,10 @@ class Child:
             self._stopping.set()
 
     def wait_until_ready(self) -> str:
-        """The rest of its line `ready …`; raises FamilyError when it ended or said nothing for a minute."""
+        """The rest of its line `ready …`; raises CommandFailed when it ended or said nothing for a minute."""
         self._ready.wait(READY_SECONDS)
         if not self.ready_line:
-            raise FamilyError(f"{self.script} did not start; the lines above say why", self.exit_code or 1)
+            raise CommandFailed(f"{self.script} did not start; the lines above say why", self.exit_code or 1)
         return self.ready_line
 
     def stop(self, seconds: float) -> int:
@@ -183,7 +179,7 @@ class Family:
         self.worker = Child("worker.py", ["--config", str(self._config)], self.stopping)
 
     def start(self) -> None:
-        """Starts the master, and the worker as soon as the master answers. Raises FamilyError."""
+        """Starts the master, and the worker as soon as the master answers. Raises CommandFailed."""
         self.master.start()
         self.url = self.master.wait_until_ready()
         # A master that has to start again must be found at the same port, also where port 0 chose it.

@@ -508,6 +508,25 @@ def test_a_master_that_is_away_is_tried_with_growing_waits_and_then_given_up(tmp
     assert all(later > earlier for earlier, later in zip(waits, waits[1:])) and sum(waits) < 30
 
 
+def test_more_attempts_than_usual_do_not_wait_ever_longer() -> None:
+    waits: list[float] = []
+    away = client.Master(f"http://127.0.0.1:{closed_port()}", "", attempts=12, pause=waits.append, advice="have tea")
+    client.FIRST_WAIT_SECONDS = 0.5  # put back by the fixture
+    with pytest.raises(client.CommandFailed, match="have tea"):
+        away.get("/devices")
+    assert len(waits) == 11 and max(waits) < 10 and 48 < sum(waits) < 80
+
+
+def test_what_a_pause_raises_ends_the_attempts(master: FakeMaster) -> None:
+    def stop(_: float) -> None:
+        raise KeyboardInterrupt
+
+    master.busy = 1000
+    with pytest.raises(KeyboardInterrupt):
+        client.Master(master.url, "", pause=stop).get("/devices")
+    assert master.requests == 1
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo terminal")
 def test_on_a_terminal_submit_shows_a_bar(master: FakeMaster, tmp_path: Path) -> None:
     import fcntl
@@ -601,10 +620,10 @@ def test_a_batch_without_tasks_is_said(run: Any, master: FakeMaster) -> None:
 @pytest.mark.parametrize("size", [1, 2, 7, 1000])
 def test_the_end_mark_is_found_however_the_pieces_are_cut(size: int) -> None:
     for form, export in (("jsonl", jsonl(ROWS)), ("csv", csv_export(ROWS))):
-        output = io.BytesIO()
         pieces = [export[at : at + size] for at in range(0, len(export), size)]
-        assert main.copy_export(pieces, output, form) == 3
-        assert export.startswith(output.getvalue()) and b"end" not in output.getvalue()
+        rows = list(client.whole_rows(pieces, form))
+        assert len(rows) == 3 + (form == "csv") and b"end" not in rows[-1]
+        assert export.startswith(b"".join(rows))
 
 
 # ---- the front door ----
