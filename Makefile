@@ -71,6 +71,10 @@ bench: $(VENV)/.stamp-dev $(BENCH_VENV)/.stamp  ## end to end, bulk submit, idle
 bench-fleet: $(VENV)/.stamp-dev  ## a simulated fleet: 1,000 idle devices, 5,000 at work, 10,000 back after a kill
 	@$(BIN)/python bench/fleet.py $(ARGS)
 
+.PHONY: bench-scale
+bench-scale: $(VENV)/.stamp-dev  ## the times of questions and of the flow at 10,000 and at 1,000,000 tasks
+	@$(BIN)/python bench/scale.py $(ARGS)
+
 .PHONY: clean
 clean:  ## remove .venv, dist and caches; never data, logs or output
 	rm -rf $(VENV) dist $(BENCH_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -94,10 +94,10 @@ class Program:
 class Farm:
     """A master, some workers that are online, and one connection to the API."""
 
-    def __init__(self, folder: Path, stack: contextlib.ExitStack) -> None:
+    def __init__(self, folder: Path, stack: contextlib.ExitStack, database: Path | None) -> None:
         self._folder, self._stack = folder, stack
         self.workers: list[Program] = []
-        self.database = folder / "distribution.db"
+        self.database = database or folder / "distribution.db"
         self.master = self._start_master(port=0)
         self.url = self.master.first_line.split()[1]
         self._session = stack.enter_context(requests.Session())
@@ -138,6 +138,11 @@ class Farm:
             program.check()
         return len(self.get("/devices?status=online")["devices"]) == len(self.workers)
 
+    def stop(self) -> None:
+        """In order, workers first; the database is one file then."""
+        for program in (*self.workers, self.master):
+            program.close()
+
     def get(self, path: str) -> Any:
         return self._call("GET", path)
 
@@ -151,10 +156,10 @@ class Farm:
 
 
 @contextlib.contextmanager
-def open_farm() -> Iterator[Farm]:
+def open_farm(database: Path | None = None) -> Iterator[Farm]:
     """A farm with a master and no worker yet; at the end its processes are stopped and its folder is deleted."""
     with TemporaryDirectory(prefix="bench-") as folder, contextlib.ExitStack() as stack:
-        yield Farm(Path(folder), stack)
+        yield Farm(Path(folder), stack, database)
 
 
 def bodies(task: dict[str, Any], total: int) -> list[bytes]:
