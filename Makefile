@@ -7,7 +7,7 @@ REQUIREMENTS := $(wildcard requirements*.txt)
 
 .PHONY: help
 help:  ## print this help
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 $(VENV)/.stamp-run: requirements.txt requirements-worker.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -25,6 +25,10 @@ $(VENV)/.stamp-dev: $(REQUIREMENTS) $(VENV)/.stamp-run
 .PHONY: demo
 demo: $(VENV)/.stamp-run  ## crawl Python's documentation through the task system, with the dashboard open
 	@$(BIN)/python standalone.py --demo $(DEMO)
+
+.PHONY: demo-appsflyer
+demo-appsflyer: $(VENV)/.stamp-run  ## pull a stand-in for AppsFlyer, with its quotas, by two workers
+	@$(BIN)/python scripts/demo_appsflyer.py
 
 .PHONY: run
 run: $(VENV)/.stamp-run  ## a master and one worker on this machine: python standalone.py
@@ -66,6 +70,10 @@ edge: $(VENV)/.stamp-run  ## dist/worker.pyz: a whole device in one file, served
 .PHONY: bench
 bench: $(VENV)/.stamp-dev $(BENCH_VENV)/.stamp  ## end to end, bulk submit, idle latency, beside other task systems
 	@$(BIN)/python bench/run.py $(ARGS)
+
+.PHONY: bench-device
+bench-device: $(VENV)/.stamp-dev  ## what a device costs: start to first task, idle memory and CPU
+	@$(BIN)/python bench/device.py $(ARGS)
 
 .PHONY: bench-fleet
 bench-fleet: $(VENV)/.stamp-dev  ## a simulated fleet: 1,000 idle devices, 5,000 at work, 10,000 back after a kill

@@ -146,6 +146,11 @@ class Farm:
     def get(self, path: str) -> Any:
         return self._call("GET", path)
 
+    def get_text(self, path: str) -> str:
+        reply = self._session.get(f"{self.url}/api/distribution{path}", timeout=60)
+        reply.raise_for_status()
+        return reply.text
+
     def post(self, path: str, body: bytes) -> Any:
         return self._call("POST", path, body)
 
