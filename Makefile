@@ -83,6 +83,10 @@ bench-fleet: $(VENV)/.stamp-dev  ## a simulated fleet: 1,000 idle devices, 5,000
 bench-scale: $(VENV)/.stamp-dev  ## the times of questions and of the flow at 10,000 and at 1,000,000 tasks
 	@$(BIN)/python bench/scale.py $(ARGS)
 
+.PHONY: bench-crawl
+bench-crawl: $(VENV)/.stamp-dev  ## pages/s of one and two devices on Debian's python3-doc
+	@$(BIN)/python bench/crawl.py $(ARGS)
+
 .PHONY: clean
 clean:  ## remove .venv, dist and caches; never data, logs or output
 	rm -rf $(VENV) dist $(BENCH_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

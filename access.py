@@ -21,7 +21,7 @@ import socket
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
@@ -34,6 +34,7 @@ COOKIE = "af_session"
 SESSION_SECONDS = 7 * 86_400
 FAILURES_PER_MINUTE = 10
 PEERS_REMEMBERED = 4_096
+PIECE_BYTES = 256 * 1024
 READING = ("GET", "HEAD", "OPTIONS")
 KEY_PARAMETERS = frozenset({"key", "token", "api_key", "apikey", "access_token", "x-api-key", "authorization"})
 
@@ -189,11 +190,10 @@ def refuse_key_in_url(environ: Environ) -> None:
         raise Refused(400, "key_in_url", text)
 
 
-def require_json(environ: Environ) -> None:
-    """Refuse a body of another type (415): a page of another site cannot send this one without asking first."""
-    kind = str(environ.get("CONTENT_TYPE", "")).partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise Refused(415, "not_json", "Send `Content-Type: application/json`.")
+def require_kind(environ: Environ, kind: str, code: str) -> None:
+    """Refuse a body of another type (415): a page of another site cannot send ours without asking first."""
+    if str(environ.get("CONTENT_TYPE", "")).partition(";")[0].strip().lower() != kind:
+        raise Refused(415, code, f"Send `Content-Type: {kind}`.")
 
 
 def read_body(environ: dict[str, Any], limit: int) -> bytes:
@@ -201,6 +201,31 @@ def read_body(environ: dict[str, Any], limit: int) -> bytes:
     kept = environ.get("af.body")
     if isinstance(kept, bytes):
         return kept
+    length = announced_length(environ, limit)
+    if length:
+        require_kind(environ, "application/json", "not_json")
+    body = b"".join(_parts(environ["wsgi.input"], length))
+    environ["af.body"] = body
+    return body
+
+
+def open_upload(environ: dict[str, Any], limit: int) -> tuple[int, Iterator[bytes]]:
+    """A body that is a file: its length, and its bytes in pieces while they come in; raises Refused as read_body does,
+    400 cut off only once the pieces end too early."""
+    if not environ.get("CONTENT_LENGTH") and not environ.get("HTTP_TRANSFER_ENCODING"):
+        raise Refused(411, "length_required", "Send the file as the body, with its Content-Length.")
+    length = announced_length(environ, limit)
+    require_kind(environ, "application/octet-stream", "not_octets")
+
+    def parts() -> Iterator[bytes]:
+        yield from _parts(environ["wsgi.input"], length)
+        environ["af.body"] = b""  # all of it was read: the connection can go on
+
+    return length, parts()
+
+
+def announced_length(environ: Environ, limit: int) -> int:
+    """The body's length as its header says; raises Refused (400, 411 chunked, 413 too large)."""
     if environ.get("HTTP_TRANSFER_ENCODING"):
         text = "Send the body with a Content-Length, not in chunks."
         raise Refused(411, "length_required", text)
@@ -211,23 +236,18 @@ def read_body(environ: dict[str, Any], limit: int) -> bytes:
     if length > limit:
         text = f"The body has {length} bytes; at most {limit} are accepted. Send it in smaller parts."
         raise Refused(413, "too_large", text)
-    if length:
-        require_json(environ)
-    environ["af.body"] = body = _read_exactly(environ["wsgi.input"], length)
-    return body
+    return length
 
 
-def _read_exactly(stream: Any, length: int) -> bytes:
-    parts: list[bytes] = []
+def _parts(stream: Any, length: int) -> Iterator[bytes]:
     missing = length
     while missing:
-        part = stream.read(missing)
+        part = stream.read(min(missing, PIECE_BYTES))
         if not part:
             text = f"The body ended after {length - missing} of {length} bytes; send it again."
             raise Refused(400, "cut_off", text)
-        parts.append(part)
+        yield part
         missing -= len(part)
-    return b"".join(parts)
 
 
 def _keys_of(environ: Environ) -> list[bytes]:

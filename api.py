@@ -16,12 +16,14 @@ import msgspec
 
 import db
 import devices
+import edge
 import export
 import openapi
 import reasons
 import web
 import wire
-from access import Access
+from access import Access, open_upload
+from artifacts import Artifacts
 from dispatcher import Delivery, Dispatcher, Reply
 from events import Events
 from metrics import CONTENT_TYPE, Metrics
@@ -31,12 +33,14 @@ from settings import PROTOCOL, VERSION, Settings
 from store import Store
 from strategies import STRATEGIES
 from transaction import Tx
+from values import ARTIFACT_NAME_PATTERN, SHA256_PATTERN
 from web import Answer, Call, Route, invalid
 
 PREFIX = openapi.PREFIX
 CHUNK = 1000
 """Bulk actions change this many tasks in one transaction."""
 LONGEST_WAIT_SECONDS = 25.0
+OCTETS = "application/octet-stream"
 EXPORT_KINDS = {"jsonl": "application/x-ndjson", "csv": "text/csv; charset=utf-8"}
 EXPORT_COLUMNS = ["execution_timeout_seconds" if name == "execution_timeout" else name for name in TASK_COLUMNS]
 
@@ -48,11 +52,13 @@ class Api:
     settings: Settings
     store: Store
     reads: Reads
+    artifacts: Artifacts
     dispatcher: Dispatcher
     presence: devices.Presence
     events: Events
     access: Access
     metrics: Metrics
+    worker_file: edge.WorkerFile
     started_at: float
     is_stopping: bool = False
 
@@ -74,6 +80,7 @@ class Api:
             _held(body.holding),
         )  # fmt: skip
         registered = self.store.write(devices.register, self.presence, new)
+        self.dispatcher.forget_pulls(body.device_id)
         device = self._device(body.device_id)
         if device["status"] == "conflict":
             raise devices.DeviceConflict(devices.conflict_sentence(body.device_id))
@@ -95,6 +102,7 @@ class Api:
             "next_seconds": 0,
             "reconnect_spread_seconds": max(self.settings.reconnect_seconds, devices_known / 300),
             "max_body_bytes": self.settings.max_body_bytes,
+            "max_artifact_bytes": self.settings.max_artifact_bytes,
             "enable_monitoring": self.settings.enable_monitoring,
         }
 
@@ -104,9 +112,11 @@ class Api:
         body = wire.decode(call.body, wire.HeartbeatIn)
         keep = self.settings.enable_monitoring
         usage = (body.cpu_usage, body.memory_usage, body.disk_usage) if keep else (None, None, None)
+        holding = None if body.holding is None else _held(body.holding)
         heard = devices.Beat(
-            body.boot_id, body.seq, _held(body.holding), body.leaving, *usage, body.active_tasks, body.system_info_text
-        )
+            body.boot_id, body.seq, holding, body.leaving, *usage, body.active_tasks, body.system_info_text,
+            body.problem, body.clock,
+        )  # fmt: skip
         cancel, wanted = self.store.write(devices.beat, self.presence, device_id, heard, keep_history=keep)
         return {"cancel": cancel, "drain": wanted != "active", "next_seconds": self.settings.heartbeat_interval}
 
@@ -202,13 +212,51 @@ class Api:
             return db.apply_report(tx, attempt.device_id, report)
 
         judged = self.store.write(judge)
-        if judged.outcome == "gone":
-            raise invalid(
-                410, "gone", "That attempt is over (cancelled or deleted); drop it and pull again.", "lease_id"
-            )
-        if judged.outcome == "stale":
-            raise invalid(409, "stale", "Another attempt has this task, or the lease is wrong; drop it.", "lease_id")
+        _refuse_if_over(judged)
         return {"id": task_id, "outcome": judged.outcome, "status": judged.status}
+
+    # PUT /tasks/artifacts?device_id=&assignment_id=&lease_id=&name=&sha256= (a file) -> 200 {outcome}
+    def receive_artifact(self, call: Call) -> Any:
+        query = call.query
+        device_id = query.name("device_id", required=True) or ""
+        query.name("boot_id")  # the lease decides, as for a report
+        assignment_id = wire.check_id(query.required("assignment_id"), "assignment_id")
+        lease_id = query.name("lease_id", required=True) or ""
+        name = wire.check_artifact_name(query.required("name"))
+        sha256 = wire.check_sha256(query.required("sha256"))
+        query.finish()
+        length, parts = open_upload(call.environ, self.settings.max_artifact_bytes)
+        artifact = db.Artifact(name, length, sha256)
+        judged = self.artifacts.receive(device_id, assignment_id, lease_id, artifact, parts)
+        _refuse_if_over(judged)
+        if judged.outcome == "differs":
+            raise invalid(
+                409, "artifact_differs", "This attempt has another file of that name; choose another.", "name"
+            )
+        if judged.outcome == "too_many":
+            limit = f"An attempt has at most {db.ARTIFACTS_LIMIT} files; put several into one archive."
+            raise invalid(422, "too_many_artifacts", limit, "name")
+        return {"outcome": judged.outcome}
+
+    # GET /tasks/{task_id}/artifacts/{artifact_id} -> 200 the file
+    def download_artifact(self, call: Call) -> Any:
+        task_id = wire.check_id(call.names["task_id"])
+        artifact_id = wire.check_id(call.names["artifact_id"], "artifact_id")
+        call.query.finish()
+        artifact = self.reads.artifact(task_id, artifact_id)
+        if artifact is None:
+            raise invalid(404, "unknown_artifact", "The task has no such file; GET the task to see which it has.",
+                          "artifact_id")  # fmt: skip
+        tag = f'"{artifact["sha256"]}"'
+        if call.environ.get("HTTP_IF_NONE_MATCH") == tag:
+            return Answer(None, 304, headers=(("ETag", tag),))
+        parts = self.artifacts.open(task_id, artifact)
+        if parts is None:
+            raise invalid(404, "artifact_lost", "The file is no longer beside the database: bring its folder back from a"
+                          " backup, or run the task again.", "artifact_id")  # fmt: skip
+        attachment = f'attachment; filename="{artifact["name"]}"'
+        return web.stream(parts, OCTETS, ("Content-Length", str(artifact["bytes"])), ("ETag", tag),
+                          ("Content-Disposition", attachment), ("Content-Security-Policy", "sandbox"))  # fmt: skip
 
     # -- tasks: look and act ----------------------------------------------------------------------------------
 
@@ -220,13 +268,13 @@ class Api:
         call.query.finish()
         return self.reads.task_page(filters, limit=limit, cursor=cursor)
 
-    # GET /tasks/{task_id} -> 200 the task with task_data, result, attempts and why it waits
+    # GET /tasks/{task_id} -> 200 the task with task_data, result, attempts, files and why it waits
     def get_task(self, call: Call) -> Any:
         call.query.finish()
         task = self.reads.task(wire.check_id(call.names["task_id"])) or self._no_task()
         why = self._explain(task)
-        waits = task["status"] in ("pending", "scheduled")
-        return {**task, "waiting": {"reason": why.reason, "detail": why.detail} if waits else None}
+        waiting = {"reason": why.reason, "detail": why.detail} if task["status"] in ("pending", "scheduled") else None
+        return {**task, "artifacts": self.reads.artifacts(task["id"]), "waiting": waiting}
 
     # GET /tasks/{task_id}/why -> 200 {reason, detail, devices, next_look_seconds}
     def explain_task(self, call: Call) -> Any:
@@ -396,6 +444,7 @@ class Api:
             "strategy": self.dispatcher.strategy_name,
             "writer_queue": self.store.writer.queue_length,
             "held_polls": self.dispatcher.held_polls,
+            "has_worker_file": self.worker_file.is_there,
         }
 
     # GET /strategy -> 200 {strategy, available}
@@ -448,9 +497,29 @@ class Api:
     def static_file(self, call: Call) -> Any:
         return web.static_file(call.names["file"])
 
-    # GET /healthz -> 200 while the process lives
+    # GET /edge/worker.pyz -> 200 a whole device in one file; 304; 404 before make edge
+    def worker_pyz(self, call: Call) -> Any:
+        download = self._download()
+        tag = f'"{download.sha256}"'
+        headers = (("ETag", tag), ("Cache-Control", "no-cache"))
+        if tag in call.environ.get("HTTP_IF_NONE_MATCH", ""):
+            return Answer(None, 304, headers=headers)
+        attachment = ("Content-Disposition", f'attachment; filename="{edge.NAME}"')
+        return Answer(download.content, kind="application/octet-stream", headers=(*headers, attachment))
+
+    # GET /edge/worker.pyz.sha256 -> 200 a line as sha256sum --check reads it
+    def worker_pyz_sha256(self, call: Call) -> Any:
+        return Answer(f"{self._download().sha256}  {edge.NAME}\n".encode(), kind="text/plain; charset=utf-8")
+
+    def _download(self) -> edge.Download:
+        download = self.worker_file.read()
+        if download is None:
+            raise invalid(404, "not_built", edge.ADVICE)
+        return download
+
+    # GET /healthz -> 200 while the process lives; what a device's --doctor looks for
     def healthz(self, call: Call) -> Any:
-        return {"status": "ok"}
+        return {"status": "ok", "protocol": PROTOCOL}
 
     # GET /readyz -> 200 while it takes work, 503 while it stops
     def readyz(self, call: Call) -> Any:
@@ -481,6 +550,14 @@ def routes(api: Api) -> tuple[tuple[str, tuple[Route, ...]], ...]:
         Query("seq", number, "Number of this pull"),
         Query("ack", number, "Last pull whose reply arrived"),
     )
+    upload = (
+        Query("device_id", name, "Who sends", True),
+        Query("boot_id", name, "Its process"),
+        Query("assignment_id", number, "The attempt that it belongs to", True),
+        Query("lease_id", name, "The attempt's lease", True),
+        Query("name", {"type": "string", "pattern": ARTIFACT_NAME_PATTERN}, "The file's name", True),
+        Query("sha256", {"type": "string", "pattern": SHA256_PATTERN}, "Of the file's bytes, in hex digits", True),
+    )
     stats = (Query("batch", text, "Of this batch"), Query("task_type", name, "Of this type"))
     batch_page = (Query("name", text, "Only this batch"), *PAGE)
     shape = (Query("format", {"enum": ["jsonl", "csv"]}, "Of the file"), Query("include", {"enum": ["result"]}, "More"))
@@ -499,8 +576,10 @@ def routes(api: Api) -> tuple[tuple[str, tuple[Route, ...]], ...]:
         _("GET",    "/tasks/stats",                   "viewer",    api.tasks_stats,       "Counts, and the last hour.", None, o.TasksStatsOut, stats),
         _("GET",    "/tasks/export",                  "viewer",    api.export_tasks,      "All matching tasks as a file.", None, None, (*FILTERS, *shape), kind="application/x-ndjson"),
         _("POST",   "/tasks/report",                  "device",    api.report_tasks,      "What became of tasks.", w.ReportsIn, o.ReportsOut),
+        _("PUT",    "/tasks/artifacts",               "device",    api.receive_artifact,  "Send a file, before the report that names it.", None, o.UploadedOut, upload, sent=OCTETS),
         _("POST",   "/tasks/actions",                 "operator",  api.act_on_tasks,      "Cancel or requeue all that a filter matches.", w.ActionIn, o.ActionOut),
         _("GET",    "/tasks/{task_id}",               "viewer",    api.get_task,          "One task with all that belongs to it.", None, o.TaskDetailOut),
+        _("GET",    "/tasks/{task_id}/artifacts/{artifact_id}", "viewer", api.download_artifact, "A file of a task.", kind=OCTETS),
         _("GET",    "/tasks/{task_id}/why",           "viewer",    api.explain_task,      "Why a task waits, device by device.", None, o.WhyOut),
         _("PUT",    "/tasks/{task_id}/assign",        "operator",  api.assign_task,       "Pin a waiting task to a device.", w.AssignIn, o.ChangedOut),
         _("PUT",    "/tasks/{task_id}/status",        "device",    api.set_task_status,   "Report one task, for simple clients.", w.StatusIn, o.StatusOut),
@@ -520,6 +599,8 @@ def routes(api: Api) -> tuple[tuple[str, tuple[Route, ...]], ...]:
     )), ("", (
         _("GET",    "/",                              "public",    api.dashboard,         "The dashboard."),
         _("GET",    "/static/{file}",                 "public",    api.static_file,       "A file of the dashboard."),
+        _("GET",    "/edge/worker.pyz",               "public",    api.worker_pyz,        "A whole device in one file.", kind="application/octet-stream"),
+        _("GET",    "/edge/worker.pyz.sha256",        "public",    api.worker_pyz_sha256, "Its sha256.", kind="text/plain"),
         _("GET",    "/healthz",                       "public",    api.healthz,           "Alive?"),
         _("GET",    "/readyz",                        "public",    api.readyz,            "Ready for work?"),
         _("GET",    "/metrics",                       "viewer",    api.metrics_text,      "Figures for Prometheus."),
@@ -538,8 +619,9 @@ def _(
     query: tuple[Query, ...] = (),
     status: int = 200,
     kind: str = "application/json",
+    sent: str = "application/json",
 ) -> Route:
-    return Route(Operation(method, path, role, summary, request, response, query, status, kind), handler)
+    return Route(Operation(method, path, role, summary, request, response, query, status, kind, sent), handler)
 
 
 # -- from messages to verbs and back ------------------------------------------------------------------------------
@@ -566,7 +648,16 @@ def _report(report: wire.ReportIn, wall: float) -> db.Report:
         report.assignment_id, report.lease_id, report.outcome, report.result_text,
         report.error_message or report.reason, report.error_type, report.log_tail, report.duration_seconds,
         report.progress, report.retry, delay, tuple(_new_task(task, wall) for task in report.new_tasks or ()),
+        tuple(db.Artifact(file.name, file.bytes, file.sha256) for file in report.artifacts or ()),
     )  # fmt: skip
+
+
+def _refuse_if_over(judged: db.Judged) -> None:
+    """The errors of an attempt that counts no more."""
+    if judged.outcome == "gone":
+        raise invalid(410, "gone", "That attempt is over (cancelled or deleted); drop it and pull again.", "lease_id")
+    if judged.outcome == "stale":
+        raise invalid(409, "stale", "Another attempt has this task, or the lease is wrong; drop it.", "lease_id")
 
 
 def _judged(entry: wire.ReportIn | wire.BadReport, judged: db.Judged | None) -> dict[str, Any]:
@@ -580,6 +671,8 @@ def _judged(entry: wire.ReportIn | wire.BadReport, judged: db.Judged | None) -> 
         }
     assert judged is not None
     reply: dict[str, Any] = {"assignment_id": entry.assignment_id, "outcome": judged.outcome}
+    if judged.missing:
+        reply["missing"] = judged.missing
     if judged.new_tasks:
         reply["new_tasks"] = [task._asdict() for task in judged.new_tasks]
     return reply

@@ -58,6 +58,10 @@ GRACE_SECONDS = 30.0
 """The worker kills a task at its timeout; the master's sweep, this much later, is the backstop."""
 LOST_ON_DEVICES_LIMIT, LOST_LIMIT = 3, 5
 KEPT_ATTEMPTS = 20
+ARTIFACTS_LIMIT = 100
+"""Files of one attempt."""
+SLOWEST_UPLOAD_BYTES = 16 * 1024
+"""A second: a device that sends its files slower than this is cut off by itself, and its lease runs out here."""
 BACKOFF_LIMIT_SECONDS = 3600.0
 
 
@@ -93,6 +97,14 @@ class Submitted(NamedTuple):
     status: str
 
 
+class Artifact(NamedTuple):
+    """A file that belongs to one attempt; sha256 in hex digits."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
 @dataclass(frozen=True)
 class Report:
     """What a device says of one attempt; `outcome` names the verb by REPORT_VERBS."""
@@ -109,15 +121,18 @@ class Report:
     can_retry: bool = True
     delay_seconds: float | None = None
     new_tasks: tuple[NewTask, ...] = ()
+    artifacts: tuple[Artifact, ...] = ()
 
 
 class Judged(NamedTuple):
-    """The answer to one report: accepted, duplicate, gone or stale; and what became of its new tasks."""
+    """The answer to one report: accepted, duplicate, gone, stale or artifacts_missing (with the names of the files
+    that have to come first); and what became of its new tasks."""
 
     outcome: str
     task_id: int | None = None
     status: str | None = None
     new_tasks: tuple[Submitted, ...] = ()
+    missing: tuple[str, ...] = ()
 
 
 class Task(NamedTuple):
@@ -393,11 +408,10 @@ def assign(tx: Tx, task: Task, device_id: str, *, pull_seq: int | None, is_deliv
 
 
 def _drop_oldest_attempts(tx: Tx, task_id: int) -> None:
-    tx.execute(
-        "DELETE FROM af_task_assignment WHERE task_id = ? AND id NOT IN"
-        " (SELECT id FROM af_task_assignment WHERE task_id = ? ORDER BY id DESC LIMIT ?)",
-        (task_id, task_id, KEPT_ATTEMPTS),
-    )
+    kept = "(SELECT id FROM af_task_assignment WHERE task_id = ? ORDER BY id DESC LIMIT ?)"
+    values = (task_id, task_id, KEPT_ATTEMPTS)
+    tx.execute(f"UPDATE af_artifact SET dropped = 1 WHERE task_id = ? AND assignment_id NOT IN {kept}", values)
+    tx.execute(f"DELETE FROM af_task_assignment WHERE task_id = ? AND id NOT IN {kept}", values)
 
 
 def apply_report(tx: Tx, device_id: str, report: Report) -> Judged:
@@ -458,7 +472,12 @@ def start(tx: Tx, task: Task, attempt: Attempt, report: Report) -> Judged:
 
 
 def complete(tx: Tx, task: Task, attempt: Attempt, report: Report) -> Judged:
-    """The result counts, with the tasks it found, in one transaction; a late one of the newest attempt too."""
+    """The result counts, with the tasks it found, in one transaction; a late one of the newest attempt too.
+
+    Not before all its files are here: else nothing changes, and the device sends them and reports again."""
+    missing = _missing_artifacts(tx, attempt, report.artifacts) if report.artifacts else ()
+    if missing:
+        return Judged("artifacts_missing", task.id, task.status, missing=missing)
     if not _move(
         tx, "complete", task, "completed",
         finished_at=tx.now, started_at=attempt.started_at or tx.now - (report.duration_seconds or 0.0),
@@ -482,6 +501,55 @@ def complete(tx: Tx, task: Task, attempt: Attempt, report: Report) -> Judged:
             status="completed")  # fmt: skip
     new_tasks = submit(tx, report.new_tasks, created_by=f"task {task.id}") if report.new_tasks else []
     return Judged("accepted", task.id, "completed", tuple(new_tasks))
+
+
+def _missing_artifacts(tx: Tx, attempt: Attempt, artifacts: Sequence[Artifact]) -> tuple[str, ...]:
+    """The names of those that are not here as they are said to be. Their way here does not count as the task's time."""
+    rows = tx.execute("SELECT name, bytes, sha256 FROM af_artifact WHERE assignment_id = ?", (attempt.id,))
+    here = {Artifact(*row) for row in rows.fetchall()}
+    missing = [artifact for artifact in artifacts if artifact not in here]
+    if missing:
+        way_seconds = sum(artifact.bytes for artifact in missing) / SLOWEST_UPLOAD_BYTES
+        tx.execute(
+            "UPDATE af_task_assignment SET deadline_at = MAX(deadline_at, ?) WHERE id = ?",
+            (tx.now + GRACE_SECONDS + way_seconds, attempt.id),
+        )
+    return tuple(artifact.name for artifact in missing)
+
+
+def judge_upload(tx: Tx, device_id: str, assignment_id: int, lease_id: str, artifact: Artifact) -> Judged:
+    """May this file come in? Judged as its attempt's report would be: accepted, duplicate, gone or stale; or `differs`
+    (another file has its name) or `too_many`."""
+    attempt = get_attempt(tx, assignment_id)
+    task = get_task(tx, attempt.task_id) if attempt is not None and attempt.device_id == device_id else None
+    if attempt is None or task is None:
+        return Judged("gone")
+    if attempt.lease_id != lease_id:
+        return Judged("stale", task.id, task.status)
+    row = tx.one("SELECT name, bytes, sha256 FROM af_artifact WHERE assignment_id = ? AND name = ?",
+                 (assignment_id, artifact.name))  # fmt: skip
+    if row is not None:
+        return Judged("duplicate" if Artifact(*row) == artifact else "differs", task.id, task.status)
+    if task.status == "cancelled":
+        return Judged("gone", task.id, task.status)
+    if task.assignment_id != attempt.id or _is_final_by_another(task):
+        return Judged("stale", task.id, task.status)
+    known = tx.one("SELECT COUNT(*) FROM af_artifact WHERE assignment_id = ?", (assignment_id,))[0]
+    return Judged("accepted" if known < ARTIFACTS_LIMIT else "too_many", task.id, task.status)
+
+
+def add_artifact(tx: Tx, device_id: str, assignment_id: int, lease_id: str, artifact: Artifact) -> Judged:
+    """The file lies beside the database now; from here on it belongs to its attempt, if that is still wanted."""
+    judged = judge_upload(tx, device_id, assignment_id, lease_id, artifact)
+    if judged.outcome == "accepted":
+        tx.execute(
+            "INSERT INTO af_artifact (task_id, assignment_id, name, bytes, sha256, created_at)"
+            " VALUES (?, ?, ?, ?, ?, ?)",
+            (judged.task_id, assignment_id, *artifact, tx.now),
+        )
+        tx.note("task", "add_artifact", task=judged.task_id, device=device_id, artifact=artifact.name,
+                bytes=artifact.bytes, status=judged.status)  # fmt: skip
+    return judged
 
 
 def fail(tx: Tx, task: Task, attempt: Attempt, report: Report) -> Judged:
@@ -693,6 +761,7 @@ def delete_finished(tx: Tx, finished_before: float, limit: int = 500) -> int:
     ids = [(row[0],) for row in rows]
     tx.connection.executemany("DELETE FROM af_task_payload WHERE task_id = ?", ids)
     tx.connection.executemany("DELETE FROM af_task_result WHERE task_id = ?", ids)
+    tx.connection.executemany("UPDATE af_artifact SET dropped = 1 WHERE task_id = ? AND dropped = 0", ids)
     tx.connection.executemany("DELETE FROM af_task_assignment WHERE task_id = ?", ids)
     tx.connection.executemany("DELETE FROM af_crawl_tasks WHERE id = ?", ids)
     for _, task_type, batch, status in rows:

@@ -62,15 +62,19 @@ class Registration:
 
 @dataclass(frozen=True)
 class Beat:
+    """`holding` None: only a sign of life, by somebody who cannot say what the device holds."""
+
     boot_id: str
     seq: int
-    holding: tuple[Held, ...] = ()
+    holding: tuple[Held, ...] | None = ()
     is_leaving: bool = False
     cpu_usage: float | None = None
     memory_usage: float | None = None
     disk_usage: float | None = None
     active_tasks: int | None = None
     system_info: str | None = None
+    problem: str | None = None
+    clock: float | None = None
 
 
 class Device(NamedTuple):
@@ -211,6 +215,7 @@ def _store(tx: Tx, new: Registration, boots: Sequence[Any]) -> None:
         "max_concurrent_tasks": new.max_concurrent_tasks,
         "boot_id": new.boot_id,
         "recent_boots": json.dumps(boots),
+        "problem": None,
         "last_heartbeat_at": tx.now,
     }
     names = ", ".join(columns)
@@ -258,16 +263,21 @@ def _is_still_theirs(tx: Tx, device_id: str, held: Held) -> bool:
 def beat(tx: Tx, presence: Presence, device_id: str, heard: Beat, *, keep_history: bool) -> tuple[list[int], str]:
     """Takes one heartbeat; returns what the device must cancel, and what is wanted of it.
 
-    Raises UnknownDevice, Superseded or DeviceConflict. A beat that was overtaken by a later one changes nothing.
+    Raises UnknownDevice, Superseded or DeviceConflict. A beat that was overtaken by a later one changes nothing, but a
+    sign of life (without holding, any seq) always counts as one, and nothing is concluded from it about tasks.
     """
     device = check_device(tx, presence, device_id, heard.boot_id)
     if heard.seq <= device.heartbeat_seq:
+        if heard.holding is None:
+            tx.execute("UPDATE af_device SET last_heartbeat_at = ? WHERE device_id = ?", (tx.now, device_id))
         return [], device.wanted
+    skew = None if heard.clock is None else round(heard.clock - tx.wall, 1)
     metrics = (heard.cpu_usage, heard.memory_usage, heard.disk_usage, heard.active_tasks, heard.system_info)
     tx.execute(
         "UPDATE af_device SET last_heartbeat_at = ?, heartbeat_seq = ?, cpu_usage = ?, memory_usage = ?,"
-        " disk_usage = ?, active_tasks = ?, system_info = COALESCE(?, system_info) WHERE device_id = ?",
-        (tx.now, heard.seq, *metrics, device_id),
+        " disk_usage = ?, active_tasks = ?, system_info = COALESCE(?, system_info), problem = ?,"
+        " clock_skew_seconds = ? WHERE device_id = ?",
+        (tx.now, heard.seq, *metrics, heard.problem, skew, device_id),
     )
     if keep_history:
         tx.execute(
@@ -278,8 +288,9 @@ def beat(tx: Tx, presence: Presence, device_id: str, heard: Beat, *, keep_histor
     if heard.is_leaving:
         _say_goodbye(tx, presence, device_id)
         return [], device.wanted
-    cancel = _reconcile(tx, presence, device_id, heard.holding)
-    return cancel, device.wanted
+    if heard.holding is None:
+        return [], device.wanted
+    return _reconcile(tx, presence, device_id, heard.holding), device.wanted
 
 
 def _reconcile(tx: Tx, presence: Presence, device_id: str, holding: Sequence[Held]) -> list[int]:

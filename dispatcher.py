@@ -91,7 +91,9 @@ class Lane(NamedTuple):
 
 
 class Ask:
-    """One open pull. Open until it is taken by a dispatch, answered, or given up by its own thread."""
+    """One open pull. Open until it is taken by a dispatch, answered, or given up by its own thread.
+
+    `drain` is what its device is wanted to do; every reply says it."""
 
     def __init__(self, device_id: str, boot_id: str | None, limit: int, seq: int | None, ack: int | None) -> None:
         self.device_id = device_id
@@ -104,6 +106,7 @@ class Ask:
         self.tags: frozenset[str] = frozenset()
         self.candidate = Candidate(device_id)
         self.free = limit
+        self.drain = False
         self._state = "open"
         self._lock = threading.Lock()
         self._answered = threading.Event()
@@ -112,6 +115,11 @@ class Ask:
     @property
     def is_open(self) -> bool:
         return self._state == "open"
+
+    @property
+    def only_listens(self) -> bool:
+        """It asks for no task and is outside the count of pulls: it acknowledges nothing, and nothing is sent again."""
+        return self.limit == 0 and self.seq is None
 
     def take(self) -> bool:
         """A dispatch wants to answer it; from then on its thread waits for the commit."""
@@ -132,7 +140,7 @@ class Ask:
             with self._lock:
                 if self._state == "open":
                     self._state = "closed"
-                    return Reply()
+                    return Reply(drain=self.drain)
             if not self._answered.wait(commit_seconds):
                 raise TimeoutError(f"the reply to {self.device_id} was not durable within {commit_seconds:.0f} s")
         if isinstance(self._reply, Exception):
@@ -151,6 +159,10 @@ class Dispatcher:
         self._asks: dict[str, Ask] = {}
         self._candidates: dict[str, Candidate] = {}
         self._cancels: dict[str, list[int]] = {}
+        self._told: dict[str, bool] = {}
+        """device -> whether it was told to drain, last"""
+        self._newest: dict[str, tuple[str, int]] = {}
+        """device -> its process, and the highest number of a pull of it"""
         self._held_polls = 0
         self._lock = threading.Lock()
         self._stopping = False
@@ -182,6 +194,7 @@ class Dispatcher:
                 self._held_polls -= not is_full
                 if self._asks.get(device_id) is ask:
                     del self._asks[device_id]
+        self._told[device_id] = reply.drain
         if is_full and not reply.tasks:
             reply.next_seconds = BUSY_POLL_SECONDS * random.uniform(0.5, 1.5)
         return reply
@@ -205,25 +218,27 @@ class Dispatcher:
             asks = list(self._asks.values())
         for ask in asks:
             if ask.take():
-                ask.answer(Reply(next_seconds=1.0))
+                ask.answer(Reply(drain=ask.drain, next_seconds=1.0))
+
+    def forget_pulls(self, device_id: str) -> None:
+        """The device registers: it may count its pulls anew."""
+        self._newest.pop(device_id, None)
 
     # -- after a commit, in the writer's thread ---------------------------------------------------------------
 
     def hear(self, notes: list[Note]) -> None:
-        """Wakes the pulls of devices that have something to stop, or are to drain."""
+        """Wakes the pulls of devices that have something to stop, are to drain, or to go on."""
         for note in notes:
             if note.verb == "cancel_attempt":
-                device_id = note.facts["device"]
-                self._cancels.setdefault(device_id, []).append(note.facts["assignment"])
-                self._say(device_id, Reply(cancel=self._cancels.get(device_id, [])))
-            elif note.verb == "device_wanted" and note.facts["status"] != "active":
-                self._say(note.facts["device"], Reply(drain=True))
+                self._cancels.setdefault(note.facts["device"], []).append(note.facts["assignment"])
+                self._say(note.facts["device"])
+            elif note.verb == "device_wanted":
+                self._say(note.facts["device"], drain=note.facts["status"] != "active")
 
-    def _say(self, device_id: str, reply: Reply) -> None:
+    def _say(self, device_id: str, *, drain: bool | None = None) -> None:
         ask = self._asks.get(device_id)
         if ask is not None and ask.take():
-            self._cancels.pop(device_id, None)
-            ask.answer(reply)
+            ask.answer(Reply(cancel=self._cancels.pop(device_id, []), drain=ask.drain if drain is None else drain))
 
     # -- inside the writer's transaction ----------------------------------------------------------------------
 
@@ -231,25 +246,45 @@ class Dispatcher:
         """Books a pull: what was acknowledged, what has to be sent again, and a place among those that ask."""
         device = devices.check_device(tx, self._presence, ask.device_id, ask.boot_id)
         self._describe(ask, device)
+        drain = ask.drain = device.wanted != "active"
+        if self._is_overtaken(ask):
+            ask.take()
+            self._store.writer.when_committed(lambda: ask.answer(Reply(drain=drain)))
+            return
         again = _unacknowledged(tx, ask) if ask.seq is not None else []
-        drain = device.wanted != "active"
         with self._lock:
             older = self._asks.pop(ask.device_id, None)
             cancels = self._cancels.pop(ask.device_id, [])
             if not again and not cancels and not self._stopping:
                 self._asks[ask.device_id] = ask
         if older is not None and older.take():
-            older.answer(Reply())
+            older.answer(Reply(drain=drain))
         if again or cancels:
             ask.take()
             self._store.writer.when_committed(lambda: ask.answer(Reply(again, cancels, drain)))
-        elif drain:
+        elif (drain and ask.limit > 0) or (ask.limit == 0 and drain is not self._told.get(ask.device_id, False)):
+            # Said once; the device then asks with limit 0, or with its free slots, and that pull is held as usual.
             ask.free = 0
-            if ask.limit > 0 and ask.take():
-                # Said once; the device then asks with limit 0, and that pull is held as usual.
-                self._store.writer.when_committed(lambda: ask.answer(Reply(drain=True)))
+            ask.take()
+            self._store.writer.when_committed(lambda: ask.answer(Reply(drain=drain)))
         elif ask.limit > 0:
             self._store.want_dispatch()
+
+    def _is_overtaken(self, ask: Ask) -> bool:
+        """Whether a newer pull of this process came before it: late on the network, it must not end that one.
+
+        A device that is full listens on a second connection, without a number, while its next pull may be on its way.
+        """
+        older = self._asks.get(ask.device_id)
+        if ask.only_listens:
+            return older is not None and older.is_open and older.limit > 0 and older.boot_id == ask.boot_id
+        if ask.seq is None or ask.boot_id is None:
+            return False
+        boot_id, newest = self._newest.get(ask.device_id, ("", 0))
+        if boot_id == ask.boot_id and ask.seq < newest:
+            return True
+        self._newest[ask.device_id] = (ask.boot_id, ask.seq)
+        return False
 
     def _describe(self, ask: Ask, device: devices.Device) -> None:
         ask.device = device
@@ -264,7 +299,9 @@ class Dispatcher:
     def dispatch(self, tx: Tx) -> None:
         """Gives waiting tasks to the open pulls until one side runs out; their replies leave with the commit."""
         with self._lock:
-            asks = [ask for ask in self._asks.values() if ask.is_open and ask.free > 0]
+            # A device that said goodbye is not seen any more; a pull that it left behind would swallow a task.
+            present = self._presence.seen
+            asks = [ask for ask in self._asks.values() if ask.is_open and ask.free > 0 and ask.device_id in present]
         if not asks:
             return
         given: dict[str, tuple[Ask, list[Delivery]]] = {}

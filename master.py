@@ -24,9 +24,11 @@ from pathlib import Path
 import settings as settings_module
 from access import Access
 from api import Api, routes
+from artifacts import Artifacts
 from clock import Clock
 from devices import Presence
 from dispatcher import Dispatcher
+from edge import WorkerFile
 from events import Events
 from metrics import Metrics
 from reads import Reads
@@ -86,11 +88,13 @@ def run(settings: Settings, path: Path, *, stop_with_stdin: bool = False) -> int
     store.listeners.append(events.hear)
     store.open()
     reads = Reads(path)
-    scheduler = Scheduler(store, dispatcher, presence, _times(settings))
+    artifacts = Artifacts(path, store, reads)
+    scheduler = Scheduler(store, dispatcher, presence, _times(settings), artifacts.chores)
     api = Api(
         settings=settings,
         store=store,
         reads=reads,
+        artifacts=artifacts,
         dispatcher=dispatcher,
         presence=presence,
         events=events,
@@ -105,6 +109,7 @@ def run(settings: Settings, path: Path, *, stop_with_stdin: bool = False) -> int
                 "af_held_polls": ("Pulls that are held open.", lambda: dispatcher.held_polls),
             },
         ),
+        worker_file=WorkerFile(Path(settings.worker_file)),
         started_at=clock.now(),
     )
 

@@ -48,6 +48,8 @@ class Operation(NamedTuple):
     query: tuple[Query, ...] = ()
     status: int = 200
     response_type: str = "application/json"
+    request_type: str = "application/json"
+    """Of the body; one of another type is a file, which only its handler reads, piece by piece."""
 
 
 # ----------------------------------------------------------------------------------------- replies
@@ -123,6 +125,17 @@ class AttemptOut(Struct, kw_only=True):
     log_tail: Union[str, UnsetType, None] = UNSET
 
 
+class ArtifactOut(Struct):
+    """A file of one attempt; GET /tasks/{task_id}/artifacts/{artifact_id} gives its bytes."""
+
+    artifact_id: int
+    assignment_id: int
+    name: str
+    bytes: int
+    sha256: str
+    created_at: str
+
+
 class WaitingOut(Struct):
     reason: str
     detail: str
@@ -134,6 +147,7 @@ class TaskDetailOut(TaskOut, kw_only=True):
     task_data: dict[str, Any]
     result: Optional[dict[str, Any]]
     attempts: list[AttemptOut]
+    artifacts: list[ArtifactOut]
     waiting: Optional[WaitingOut]
     children_count: int
 
@@ -215,14 +229,19 @@ class PullOut(Struct):
     next_seconds: float
 
 
+class UploadedOut(Struct):
+    outcome: Literal["accepted", "duplicate"]
+
+
 class ReportOut(Struct, kw_only=True):
-    """The answer to one report; `invalid` comes with detail and field."""
+    """The answer to one report; `invalid` comes with detail and field, `artifacts_missing` with their names."""
 
     assignment_id: Optional[int]
-    outcome: Literal["accepted", "duplicate", "gone", "stale", "invalid"]
+    outcome: Literal["accepted", "duplicate", "gone", "stale", "invalid", "artifacts_missing"]
     detail: Union[str, UnsetType] = UNSET
     field: Union[str, UnsetType, None] = UNSET
     new_tasks: Union[list[SubmittedOut], UnsetType] = UNSET
+    missing: Union[list[str], UnsetType] = UNSET
 
 
 class ReportsOut(Struct):
@@ -243,6 +262,7 @@ class DeviceSettingsOut(Struct, kw_only=True):
     next_seconds: float
     reconnect_spread_seconds: float
     max_body_bytes: int
+    max_artifact_bytes: int
     enable_monitoring: bool
     drain_seconds: Union[float, UnsetType] = UNSET
 
@@ -287,6 +307,8 @@ class DeviceOut(Struct, kw_only=True):
     disk_usage: Optional[float]
     active_tasks: Optional[int]
     system_info: Optional[dict[str, Any]]
+    problem: Optional[str]
+    clock_skew_seconds: Optional[float]
     last_finished_at: Moment
     registered_at: str
     consecutive_failures: int
@@ -380,6 +402,7 @@ class OverviewOut(Struct, kw_only=True):
     database_bytes: int
     writer_queue: int
     held_polls: int
+    has_worker_file: bool
 
 
 class BatchOut(Struct):
@@ -482,7 +505,9 @@ def _operation(row: Operation, known: dict[str, Any]) -> dict[str, Any]:
     }
     if row.role != "public":
         document["security"] = [{"bearer": []}, {"header": []}, {"session": []}]
-    if row.request is not None:
+    if row.request_type != "application/json":
+        document["requestBody"] = {"required": True, "content": {row.request_type: {}}}
+    elif row.request is not None:
         content = {"application/json": {"schema": _schema(row.request, known)}}
         document["requestBody"] = {"required": True, "content": content}
     return document
@@ -506,13 +531,15 @@ def _problems(row: Operation) -> list[int]:
     found = {400, 403, 422, 429, 503} | ({401} if row.role != "public" or row.path == "/login" else set())
     if PARAMETER.search(row.path) or row.role == "device":
         found |= {404, 409, 410}
-    if row.request is not None:
+    if row.request is not None or row.request_type != "application/json":
         found |= {411, 413, 415}
+    if row.request_type != "application/json":
+        found |= {507}
     return sorted(found | ({426} if row.path == "/devices/register" else set()))
 
 
 def _path_parameter(name: str) -> dict[str, Any]:
-    schema = NUMBER if name == "task_id" else NAME if name == "device_id" else TEXT
+    schema = NUMBER if name in ("task_id", "artifact_id") else NAME if name == "device_id" else TEXT
     return {"name": name, "in": "path", "required": True, "schema": schema}
 
 

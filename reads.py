@@ -45,10 +45,12 @@ ATTEMPT_COLUMNS = (
 DEVICE_COLUMNS = (
     "device_id", "device_name", "device_type", "ip_address", "wanted", "wanted_reason", "conflict", "task_types",
     "tags", "weight", "max_concurrent_tasks", "version", "protocol", "last_heartbeat_at", "cpu_usage", "memory_usage",
-    "disk_usage", "active_tasks", "system_info", "last_finished_at", "registered_at", "consecutive_failures",
-    "completed_count", "failed_count", "lost_count", "total_duration_seconds", "boot_id",
+    "disk_usage", "active_tasks", "system_info", "problem", "clock_skew_seconds", "last_finished_at", "registered_at",
+    "consecutive_failures", "completed_count", "failed_count", "lost_count", "total_duration_seconds", "boot_id",
 )  # fmt: skip
 TASK_SQL = ", ".join(TASK_COLUMNS)
+ARTIFACT_COLUMNS = ("artifact_id", "assignment_id", "name", "bytes", "sha256", "created_at")
+ARTIFACT_SQL = f"SELECT {', '.join(ARTIFACT_COLUMNS)} FROM af_artifact"
 BEAT_COLUMNS = ("heartbeat_at", "cpu_usage", "memory_usage", "disk_usage", "active_tasks")
 MINUTE_COLUMNS = ("completed", "failed", "lost", "snoozed", "duration_seconds", "duration_max_seconds")
 
@@ -243,6 +245,34 @@ class Reads:
             (task_id, ATTEMPTS_SHOWN),
         )
         return [_moments(dict(zip(columns, row))) for row in rows]
+
+    def artifacts(self, task_id: int) -> list[dict[str, Any]]:
+        """The files of all attempts of a task, oldest first."""
+        rows = self._all_rows(
+            f"{ARTIFACT_SQL} WHERE task_id = ? AND dropped = 0 ORDER BY artifact_id",
+            (task_id,),
+        )
+        return [_moments(dict(zip(ARTIFACT_COLUMNS, row))) for row in rows]
+
+    def artifact(self, task_id: int, artifact_id: int) -> dict[str, Any] | None:
+        """One of them, or None."""
+        row = self._one(f"{ARTIFACT_SQL} WHERE task_id = ? AND artifact_id = ? AND dropped = 0", (task_id, artifact_id))
+        return None if row is None else _moments(dict(zip(ARTIFACT_COLUMNS, row)))
+
+    def dropped_artifacts(self, limit: int) -> list[tuple[Any, ...]]:
+        """(artifact_id, task_id, assignment_id, name, sha256) of files whose task was deleted; they are to go."""
+        sql = "SELECT artifact_id, task_id, assignment_id, name, sha256 FROM af_artifact WHERE dropped = 1 LIMIT ?"
+        return self._all_rows(sql, (limit,))
+
+    def artifacts_of_attempts(self, assignment_ids: Sequence[int]) -> list[tuple[Any, ...]]:
+        """(task_id, assignment_id, name, sha256) of every file that has a row."""
+        found: list[tuple[Any, ...]] = []
+        for first in range(0, len(assignment_ids), 500):
+            some = assignment_ids[first : first + 500]
+            marks = ", ".join("?" * len(some))
+            sql = f"SELECT task_id, assignment_id, name, sha256 FROM af_artifact WHERE assignment_id IN ({marks})"
+            found += self._all_rows(sql, some)
+        return found
 
     def oldest_waiting(self, now: float) -> dict[str, Any] | None:
         """The oldest pending task and how long it has been pending; None if none is.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import schedule
@@ -48,7 +48,11 @@ class Times:
 class Scheduler:
     """Owns the ticking thread; `start` and `stop` it."""
 
-    def __init__(self, store: Store, dispatcher: Dispatcher, presence: devices.Presence, times: Times) -> None:
+    def __init__(
+        self, store: Store, dispatcher: Dispatcher, presence: devices.Presence, times: Times,
+        chores: Sequence[tuple[float, Callable[[], object]]] = (),
+    ) -> None:  # fmt: skip
+        """`chores` are jobs that run in this thread and not in the writer, because they wait for a disk."""
         self._store = store
         self._dispatcher = dispatcher
         self._presence = presence
@@ -67,6 +71,7 @@ class Scheduler:
             (10.0, self.delete_finished),
             (600.0, self.roll_up),
         )
+        self.chores = tuple(chores)
 
     def start(self) -> None:
         self._thread.start()
@@ -80,6 +85,8 @@ class Scheduler:
         clock = schedule.Scheduler()
         for seconds, job in self.jobs:
             clock.every(max(1, round(seconds))).seconds.do(self._run_job, job)
+        for seconds, chore in self.chores:
+            clock.every(max(1, round(seconds))).seconds.do(self._run_chore, chore)
         while not self._stop.wait(TICK_SECONDS):
             self._notice_sleep()
             clock.run_pending()
@@ -90,6 +97,12 @@ class Scheduler:
         except Exception:
             # Caught here because a job that raises would leave the library's loop and never run again.
             log.exception("%s failed; it runs again at its next time", job.__name__)
+
+    def _run_chore(self, chore: Callable[[], object]) -> None:
+        try:
+            chore()
+        except Exception:
+            log.exception("%s failed; it runs again at its next time", chore.__name__)
 
     def _notice_sleep(self) -> None:
         now, _ = self._store.moments()

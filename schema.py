@@ -22,7 +22,7 @@ from peewee import (
 
 APPLICATION_ID = 0x41464431
 """PRAGMA application_id of our files: "AFD1"."""
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 TASK_STATES = ("scheduled", "pending", "assigned", "running", "completed", "failed", "cancelled")
 ATTEMPT_STATES = ("assigned", "running", "completed", "failed", "snoozed", "timeout", "released", "cancelled")
 ACTIVE = "'assigned', 'running'"
@@ -133,6 +133,23 @@ class TaskAssignment(Table):
         ]
 
 
+class Artifact(Table):
+    """A file of one attempt, which lies beside the database; `dropped` once its task is deleted."""
+
+    artifact_id = _autoincrement()
+    task_id = IntegerField()
+    assignment_id = IntegerField()
+    name = TextField()
+    bytes = IntegerField()
+    sha256 = TextField()
+    created_at = DoubleField()
+    dropped = BooleanField(constraints=[SQL("DEFAULT 0")])
+
+    class Meta:
+        table_name = "af_artifact"
+        indexes = ((("assignment_id", "name"), True),)
+
+
 class Device(Table):
     device_id = TextField(primary_key=True)
     device_name = TextField()
@@ -157,6 +174,8 @@ class Device(Table):
     disk_usage = DoubleField(null=True)
     active_tasks = IntegerField(null=True)
     system_info = TextField(null=True)
+    problem = TextField(null=True)
+    clock_skew_seconds = DoubleField(null=True)
     last_finished_at = DoubleField(null=True)
     registered_at = DoubleField()
     consecutive_failures = IntegerField(constraints=[SQL("DEFAULT 0")])
@@ -265,7 +284,8 @@ class Meta(Table):
 
 
 TABLES = (
-    CrawlTask, TaskPayload, TaskResult, TaskAssignment, Device, DeviceHeartbeat, Lane, Batch, Count, Minute, Hour, Meta,
+    CrawlTask, TaskPayload, TaskResult, TaskAssignment, Artifact, Device, DeviceHeartbeat, Lane, Batch, Count, Minute,
+    Hour, Meta,
 )  # fmt: skip
 
 INDEXES = f"""
@@ -283,10 +303,26 @@ CREATE UNIQUE INDEX attempt_active ON af_task_assignment (task_id) WHERE status 
 CREATE INDEX attempt_holder ON af_task_assignment (device_id, id) WHERE status IN ({ACTIVE});
 CREATE INDEX attempt_deadline ON af_task_assignment (deadline_at) WHERE status IN ({ACTIVE});
 CREATE INDEX attempt_device ON af_task_assignment (device_id, id);
+CREATE INDEX artifact_task ON af_artifact (task_id, artifact_id) WHERE dropped = 0;
+CREATE INDEX artifact_dropped ON af_artifact (artifact_id) WHERE dropped = 1;
 CREATE INDEX lane_open ON af_lane (top_priority DESC, last_served) WHERE waiting > 0;
 CREATE INDEX beat_device ON af_device_heartbeat (device_id, heartbeat_at);
 CREATE INDEX beat_age ON af_device_heartbeat (heartbeat_at);
 """
+
+UPGRADES = {
+    2: """
+ALTER TABLE af_device ADD COLUMN problem TEXT;
+ALTER TABLE af_device ADD COLUMN clock_skew_seconds REAL;
+CREATE TABLE "af_artifact" ("artifact_id" INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT, "task_id" INTEGER NOT NULL,
+  "assignment_id" INTEGER NOT NULL, "name" TEXT NOT NULL, "bytes" INTEGER NOT NULL, "sha256" TEXT NOT NULL,
+  "created_at" REAL NOT NULL, "dropped" INTEGER NOT NULL DEFAULT 0);
+CREATE UNIQUE INDEX "af_artifact_assignment_id_name" ON "af_artifact" ("assignment_id", "name");
+CREATE INDEX artifact_task ON af_artifact (task_id, artifact_id) WHERE dropped = 0;
+CREATE INDEX artifact_dropped ON af_artifact (artifact_id) WHERE dropped = 1;
+""",
+}
+"""What makes a file of the version before into this version: the tables of a new file, reached in steps."""
 
 
 def create_tables(database: SqliteDatabase) -> None:
@@ -294,7 +330,19 @@ def create_tables(database: SqliteDatabase) -> None:
     database_proxy.initialize(database)
     with database.atomic("IMMEDIATE"):
         database.create_tables(TABLES, safe=False)
-        for statement in filter(None, map(str.strip, INDEXES.split(";"))):
-            database.execute_sql(statement)
+        _execute_all(database, INDEXES)
         database.execute_sql(f"PRAGMA application_id = {APPLICATION_ID}")
         database.execute_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+
+def upgrade_tables(database: SqliteDatabase, version: int) -> None:
+    """Takes the tables from an older version to ours, all steps in one transaction."""
+    with database.atomic("IMMEDIATE"):
+        for step in range(version + 1, SCHEMA_VERSION + 1):
+            _execute_all(database, UPGRADES[step])
+        database.execute_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+
+def _execute_all(database: SqliteDatabase, statements: str) -> None:
+    for statement in filter(None, map(str.strip, statements.split(";"))):
+        database.execute_sql(statement)

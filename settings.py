@@ -35,7 +35,15 @@ except ImportError:  # Windows
 
 VERSION = "0.1.0"
 PROTOCOL = 1
-ROOT = Path(__file__).resolve().parent
+
+
+def _project_folder() -> Path:
+    """The folder of this file; inside an archive (worker.pyz) the folder that the archive lies in."""
+    folder = Path(__file__).resolve().parent
+    return folder.parent if folder.is_file() else folder
+
+
+ROOT = _project_folder()
 
 MODES = ("master", "worker", "standalone")
 STRATEGIES = ("least_tasks", "round_robin", "weighted", "random")
@@ -45,7 +53,7 @@ EXAMPLE_KEYS = ("your-secure-api-key-here", "your-api-key", "changeme", "change-
 LONGEST_TEXT = 4096
 LARGEST_FILE_BYTES = 1024 * 1024
 
-Value = Union[str, int, float, bool, "tuple[str, ...]"]
+Value = Union[str, int, float, bool, "tuple[str, ...]", "dict[str, str]"]
 
 
 class ExitCode(IntEnum):
@@ -145,6 +153,52 @@ def _check_allowed_hosts(value: tuple[str, ...]) -> str | None:
     return "write host names as a browser's address line has them, for instance crawl.example.org"
 
 
+def _check_credentials(value: dict[str, str]) -> str | None:
+    for name, token in value.items():
+        if not 1 <= len(name) <= 128 or not name.isprintable():
+            return "write names of 1 to 128 characters, as the tasks say them in username"
+        if not re.fullmatch(r"[\x21-\x7e]{8,8192}", token):
+            return f"the token of {_shown('', name)} must be 8 to 8192 ASCII letters, digits and signs without spaces"
+        if token.lower().startswith(("your-", "<")) or token.lower() in EXAMPLE_KEYS:
+            return f"the token of {_shown('', name)} is an example; write the one that its service gave you"
+    return None
+
+
+def _check_appsflyer_url(value: str) -> str | None:
+    if _check_master_url(value):
+        return "write https://HOST, without user, password or path, for instance https://hq1.appsflyer.com"
+    parts = urllib.parse.urlsplit(value)
+    if parts.scheme != "https" and not is_loopback(parts.hostname or ""):
+        return "write https://; without it everybody on the way could read the tokens (http:// only to this machine)"
+    return None
+
+
+def _check_user_agent(value: str) -> str | None:
+    if re.fullmatch(r"[\x21-\x7e][\x20-\x7e]{0,255}", value):
+        return None
+    return "write a name, a version and where to complain, for instance shop-crawler/1.0 (+https://example.org/bot)"
+
+
+def _check_networks(value: tuple[str, ...]) -> str | None:
+    try:
+        for network in value:
+            ipaddress.ip_network(network)
+    except ValueError as error:
+        return f'{one_line(str(error))}: write networks such as "192.168.1.0/24", "127.0.0.0/8" or "fd00:1::/64"'
+    return None
+
+
+def _check_proxy(value: str) -> str | None:
+    advice = "write http://HOST:PORT or https://HOST:PORT, with USER:PASSWORD@ before the host where it asks for them"
+    try:
+        parts = urllib.parse.urlsplit(value)
+        is_good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return advice
+    plain = is_good and parts.path in ("", "/") and not re.search(r"[^\x21-\x7e]|[?#]", value)
+    return None if not value or plain else advice
+
+
 def _check_not_empty(value: str) -> str | None:
     return None if value else "write a path; a relative one starts at the project's folder"
 
@@ -161,7 +215,7 @@ class Setting:
     """What is known about one key; `modes` are the programs that use it and whose config files may carry it."""
 
     name: str
-    type: str  # str, int, float, bool or tuple[str, ...]
+    type: str  # str, int, float, bool, tuple[str, ...] or dict[str, str]
     default: Value
     unit: str
     minimum: float | None
@@ -188,9 +242,10 @@ _ON_DEVICE = ("worker", "standalone")
 
 def _key(default: Value, sentence: str, unit: str = "", **more: Any) -> Any:
     """One row of the table; `more` holds minimum, maximum, choices, modes, secret, is_path and check."""
-    return dataclasses.field(
-        default=default, repr=not more.get("secret", False), metadata={"sentence": sentence, "unit": unit, **more}
-    )
+    metadata = {"sentence": sentence, "unit": unit, **more}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: dict(default), repr=False, metadata=metadata)
+    return dataclasses.field(default=default, repr=not more.get("secret", False), metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,12 +306,19 @@ class Settings:
     max_body_bytes: int = _key(
         8388608, "The largest request body.", "bytes", modes=_ON_MASTER, minimum=1024, maximum=1073741824
     )
+    max_artifact_bytes: int = _key(
+        536870912, "The largest file that a task may send.", "bytes", modes=_ON_MASTER, minimum=1, maximum=1099511627776
+    )
     max_queue_length: int = _key(
         10000, "How many writes may wait before 503.", "writes", modes=_ON_MASTER, minimum=1, maximum=1000000
     )
     allowed_hosts: tuple[str, ...] = _key(
         (), "Further names under which browsers may reach the master.", modes=_ON_MASTER, check=_check_allowed_hosts
     )
+    worker_file: str = _key(
+        "dist/worker.pyz", "The device in one file that the master hands out.",
+        modes=_ON_MASTER, is_path=True, check=_check_not_empty,
+    )  # fmt: skip
 
     state_folder: str = _key(
         "data/worker", "Where a device keeps unsent reports.", modes=_ON_DEVICE, is_path=True, check=_check_not_empty
@@ -268,14 +330,48 @@ class Settings:
     weight: float = _key(
         1.0, "This device's share under the strategy weighted.", "times", modes=_ON_DEVICE, minimum=0.01, maximum=1000
     )
+    task_memory_mb: int = _key(
+        0, "How much memory a task in a process of its own may use, unless its executor says; 0 is no limit.", "MB",
+        modes=_ON_DEVICE, minimum=0, maximum=16777216,
+    )  # fmt: skip
     drain_seconds: float = _key(
         30, "How long running tasks may finish at a stop.", "seconds", modes=_ON_DEVICE, minimum=0, maximum=86400
     )
     spool_max_bytes: int = _key(
         268435456, "How much unsent reports may fill.", "bytes", modes=_ON_DEVICE, minimum=4096, maximum=1099511627776
     )
+    artifact_max_bytes: int = _key(
+        2147483648, "How much files that wait for the master may fill.", "bytes",
+        modes=_ON_DEVICE, minimum=4096, maximum=1099511627776,
+    )  # fmt: skip
     pull_wait_seconds: float = _key(
         20, "How long an empty pull is held open.", "seconds", modes=_ON_DEVICE, minimum=0, maximum=25
+    )
+    crawl_user_agent: str = _key(
+        f"af-distribution/{VERSION}", "What crawls call themselves; robots.txt is read for the name before the slash.",
+        modes=_ON_DEVICE, check=_check_user_agent,
+    )  # fmt: skip
+    crawl_obey_robots: bool = _key(True, "Whether crawls keep to robots.txt.", modes=_ON_DEVICE)
+    crawl_delay_seconds: float = _key(
+        0, "The least time between two requests of this device to one host.", "seconds",
+        modes=_ON_DEVICE, minimum=0, maximum=3600,
+    )  # fmt: skip
+    crawl_host_connections: int = _key(
+        4, "How many requests this device sends to one host at once.", "requests",
+        modes=_ON_DEVICE, minimum=1, maximum=256,
+    )  # fmt: skip
+    crawl_allow_networks: tuple[str, ...] = _key(
+        (), "Private networks that crawls may reach, besides public addresses.", modes=_ON_DEVICE, check=_check_networks
+    )
+    crawl_proxy: str = _key(
+        "", "The HTTP proxy for crawls; it then looks up names.", modes=_ON_DEVICE, secret=True, check=_check_proxy
+    )
+    credentials: dict[str, str] = _key(  # noqa: RUF009 - _key makes a field with a factory of it
+        {}, "Tokens of other services by name, which tasks say in username.",
+        modes=_ON_DEVICE, secret=True, check=_check_credentials,
+    )  # fmt: skip
+    appsflyer_url: str = _key(
+        "https://hq1.appsflyer.com", "Where AppsFlyer's APIs are.", modes=_ON_DEVICE, check=_check_appsflyer_url
     )
     reconnect_seconds: float = _key(
         30, "Over which time devices come back after an outage.", "seconds", minimum=0, maximum=3600
@@ -293,7 +389,7 @@ class Settings:
 
 def _setting_of(row: dataclasses.Field[Any]) -> Setting:
     more = {"minimum": None, "maximum": None, "choices": (), "modes": MODES, "secret": False, "is_path": False}
-    default: Any = row.default
+    default: Any = row.default if row.default_factory is dataclasses.MISSING else row.default_factory()
     return Setting(name=row.name, type=str(row.type), default=default, **{**more, "check": None, **row.metadata})
 
 
@@ -333,6 +429,7 @@ def _advice_for_type(setting: Setting) -> str:
         "float": "write a number " + (_range_of(setting) if setting.type == "float" else ""),
         "bool": "write true or false",
         "tuple[str, ...]": 'write a list of texts, for instance ["one", "two"] (in a flag or variable also one,two)',
+        "dict[str, str]": 'write an object of texts, for instance {"name": "token"} (in a variable the same, as JSON)',
     }[setting.type]
 
 
@@ -346,6 +443,9 @@ def _from_text(setting: Setting, text: str) -> object:
     if setting.type == "bool":
         word = text.strip().lower()
         return True if word in ("true", "1", "yes", "on") else False if word in ("false", "0", "no", "off") else text
+    if setting.type == "dict[str, str]":
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(text)
     if setting.type == "tuple[str, ...]":
         if text.strip().startswith("["):
             with contextlib.suppress(ValueError, RecursionError):
@@ -365,6 +465,9 @@ def _of_its_type(setting: Setting, raw: object) -> Value | None:
         return raw if isinstance(raw, (int, float)) and not isinstance(raw, bool) else None
     if setting.type == "str":
         return raw if isinstance(raw, str) else None
+    if setting.type == "dict[str, str]":
+        is_of_texts = isinstance(raw, dict) and all(isinstance(part, str) for pair in raw.items() for part in pair)
+        return dict(raw) if isinstance(raw, dict) and is_of_texts else None
     if isinstance(raw, (list, tuple)) and all(isinstance(part, str) for part in raw):
         return tuple(raw)
     return None
@@ -534,7 +637,8 @@ def _completed(mode: str, file_mode: str, values: dict[str, Value], sources: dic
     if not values.get("device_id") and "standalone" in (mode, file_mode):
         values["device_id"] = "standalone"
     values["device_name"] = values.get("device_name") or values.get("device_id", "")
-    values["master_url"] = str(values.get("master_url", _BY_NAME["master_url"].default)).rstrip("/")
+    for name in ("master_url", "appsflyer_url"):
+        values[name] = str(values.get(name, _BY_NAME[name].default)).rstrip("/")
     for setting in SETTINGS:
         if setting.is_path:
             value = values.get(setting.name, setting.default)
@@ -759,7 +863,7 @@ def configure_logging(settings: Settings) -> None:
         file = SharedRotatingFile(path, maxBytes=settings.log_max_bytes, backupCount=settings.log_backup_count)
     except OSError as error:
         stop(SettingsError("log_file", str(path), None, f"cannot be written ({error.strerror}); write another path"))
-    formatter = LineFormatter([settings.api_key])
+    formatter = LineFormatter([settings.api_key, *settings.credentials.values()])
     root = logging.getLogger()
     while _installed:
         old = _installed.pop()

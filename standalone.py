@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ RESTART_SECONDS = (1.0, 30.0)
 HOPELESS = (ExitCode.SETTINGS, ExitCode.CONFLICT, ExitCode.DATABASE_BAD, ExitCode.DATABASE_IN_USE,
             ExitCode.DATABASE_NEWER, ExitCode.PORT_IN_USE, ExitCode.REFUSED)  # fmt: skip
 """A child that ends so would end so again: it is not started again, and its code becomes ours."""
+THIS_MACHINE = ("127.0.0.0/8", "::1/128")
 PASSING = (ExitCode.CONFLICT, ExitCode.DATABASE_IN_USE)
 PATIENCE_SECONDS = 15.0
 """The children of a parent that was killed end within seconds; until then they hold the database and the device id."""
@@ -54,6 +56,10 @@ def main(argv: list[str] | None = None) -> int:
     if options.demo or options.crawl:
         # The progress line is what one looks at; the log file has the rest.
         settings = dataclasses.replace(settings, log_console_level="WARNING")
+    if options.demo or (options.crawl and _is_here(options.crawl)):
+        # On this machine itself crawls may go only where its owner says so: here, by the command line.
+        networks = (*settings.crawl_allow_networks, *THIS_MACHINE)
+        settings = dataclasses.replace(settings, crawl_allow_networks=tuple(dict.fromkeys(networks)))
     settings_module.configure_logging(settings)
     family = Family(settings)
     _stop_on_signals(family)
@@ -230,6 +236,14 @@ def _stop_on_signals(family: Family) -> None:
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
+
+
+def _is_here(url: str) -> bool:
+    """Whether the URL of --crawl names this machine."""
+    with contextlib.suppress(ValueError):  # a mistake in it is said later, by whoever reads it in full
+        host = urllib.parse.urlsplit(url if "://" in url else f"http://{url}").hostname
+        return settings_module.is_loopback(host or "")
+    return False
 
 
 def _positive(text: str) -> int:

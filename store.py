@@ -8,6 +8,7 @@ the writer's thread and returns when it is durable.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import random
 import secrets
@@ -27,6 +28,8 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
     import msvcrt
+
+log = logging.getLogger("af.store")
 
 Parameters = ParamSpec("Parameters")
 Returned = TypeVar("Returned")
@@ -101,10 +104,24 @@ def create_database(path: Path) -> bool:
             database.execute_sql(sql, (secrets.token_hex(16),))
             database.execute_sql("PRAGMA journal_mode = delete")
         temporary.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
     return True
+
+
+def upgrade_database(path: Path) -> None:
+    """Brings a checked file of an older version up to this one, keeping a copy of it as it was; only under its lock."""
+    with contextlib.closing(sqlite3.connect(f"file:{_quoted(path)}?mode=ro", uri=True)) as connection:
+        version: int = connection.execute("PRAGMA user_version").fetchone()[0]
+    if version == schema.SCHEMA_VERSION:
+        return
+    kept = path.with_name(f"{path.name}.schema-{version}")
+    backup_database(path, kept)
+    database = SqliteDatabase(str(path), pragmas=PRAGMAS)
+    with database.connection_context():
+        schema.upgrade_tables(database, version)
+    log.info("database %s upgraded from schema %d to %d; as it was: %s", path, version, schema.SCHEMA_VERSION, kept)
 
 
 def check_database(path: Path) -> None:
@@ -154,7 +171,7 @@ def backup_database(path: Path, target: Path) -> None:
     target.chmod(0o600)
     with target.open("rb") as written:
         os.fsync(written.fileno())
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
     check_database(target)
 
 
@@ -162,7 +179,7 @@ def _quoted(path: Path) -> str:
     return str(path).replace("%", "%25").replace("?", "%3f").replace("#", "%23")
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """A rename is durable only when its folder is; Windows has no such call and needs none."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
@@ -188,8 +205,9 @@ class Store:
         self.writer.before_commit = self._dispatch_if_wanted
 
     def open(self) -> None:
-        """Creates or checks the file and starts the writer. Raises DatabaseRefused and its kin."""
-        create_database(self.path)
+        """Creates, checks or upgrades the file and starts the writer. Raises DatabaseRefused and its kin."""
+        if not create_database(self.path):
+            upgrade_database(self.path)
         self.writer.start()
 
     def close(self) -> bool:

@@ -49,6 +49,10 @@ class Invalid(Exception):
 
 NAME_PATTERN = r"^[A-Za-z0-9_.\-]{1,64}$(?!\n)"
 DATE_PATTERN = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$(?!\n)"
+ARTIFACT_NAME_PATTERN = r"^[A-Za-z0-9_\-][A-Za-z0-9._\-]{0,99}$(?!\n)"
+ARTIFACT_NAME_RULE = "1 to 100 of A-Z a-z 0-9 . _ -, without a dot at the start"
+SHA256_PATTERN = r"^[0-9a-f]{64}$(?!\n)"
+SHA256_RULE = "64 hex digits in lower case"
 STRATEGY_PATTERN = r"^[A-Za-z_][A-Za-z0-9_.]{0,127}(:[A-Za-z_][A-Za-z0-9_]{0,127})?$(?!\n)"
 NAME_RULE = "1 to 64 of A-Z a-z 0-9 _ . -"
 
@@ -94,6 +98,9 @@ BatchLimit = Annotated[int, whole(1, 100_000_000)]
 Moment = Annotated[datetime, rule('a time with its zone, such as "2026-11-25T13:59:07Z"', tz=True)]
 Tags = Annotated[list[Name], at_most(64, f"names ({NAME_RULE})")]
 TaskTypes = Annotated[list[Name], at_most(256, f"names ({NAME_RULE})")]
+ArtifactName = Annotated[str, rule(ARTIFACT_NAME_RULE, pattern=ARTIFACT_NAME_PATTERN)]
+ArtifactBytes = Annotated[int, whole(0, BIGGEST_INTEGER)]
+Sha256 = Annotated[str, rule(SHA256_RULE, pattern=SHA256_PATTERN)]
 Weight = Annotated[float, number(0.01, 1000)]
 Slots = Annotated[int, whole(1, 1000)]
 Sequence = Annotated[int, whole(0, BIGGEST_INTEGER)]
@@ -102,6 +109,7 @@ ResultData = Annotated[Raw, json_text("a JSON object of at most 8 MiB, or null",
 SystemInfo = Annotated[Raw, json_text("a JSON object; dropped if over 16 KiB", "object", "null")]
 Percent = Annotated[Raw, json_text("percent, 0 to 100; dropped if it is not", "number", "null")]
 Count = Annotated[Raw, json_text("0 or more; dropped if it is not", "integer", "null")]
+Clock = Annotated[Raw, json_text("seconds since 1970 by the device's clock; dropped if it is not", "number", "null")]
 
 NOTHING = Raw(b"null")
 EMPTY_OBJECT = Raw(b"{}")

@@ -17,6 +17,7 @@ import bottle
 
 import wire
 from access import SECURITY_HEADERS, Access, Refused, read_body
+from artifacts import Busy, ChecksumWrong, NoRoom
 from devices import DeviceConflict, Superseded, UnknownDevice
 from openapi import Operation
 from reads import ReadsBusy
@@ -40,6 +41,9 @@ KNOWN_ERRORS: tuple[tuple[type[Exception], int, str, int], ...] = (
     (TimeoutError,    503, "busy",            2),
     (WriterStopped,   503, "stopping",        2),
     (StorageFailing,  503, "storage_failing", 30),
+    (Busy,            503, "busy",            5),
+    (NoRoom,          507, "storage_full",    60),
+    (ChecksumWrong,   422, "checksum_wrong",  0),
 )  # fmt: skip
 
 
@@ -115,7 +119,9 @@ class _Endpoint:
         operation = self._route.operation
         self._access.check(environ, operation.role)
         _refuse_unreadable_path(environ)
-        body = read_body(environ, self._max_body_bytes) if operation.method in WRITING else b""
+        # A file is read by its handler, which first looks whether it is wanted.
+        is_read = operation.method in WRITING and operation.request_type == "application/json"
+        body = read_body(environ, self._max_body_bytes) if is_read else b""
         query = Query(environ.get("QUERY_STRING", ""))
         return self._route.handler(Call(body, query, names, environ.get("REMOTE_ADDR", ""), environ))
 

@@ -27,6 +27,8 @@ import msgspec
 from msgspec import Raw, Struct
 
 from values import (
+    ARTIFACT_NAME_PATTERN,
+    ARTIFACT_NAME_RULE,
     BIGGEST_INTEGER,
     CONTROL,
     EMPTY_OBJECT,
@@ -36,10 +38,15 @@ from values import (
     NAME_RULE,
     NOTHING,
     REASON_LENGTH,
+    SHA256_PATTERN,
+    SHA256_RULE,
     STRATEGY_PATTERN,
     SYSTEM_INFO_BYTES,
     TASK_DATA_BYTES,
+    ArtifactBytes,
+    ArtifactName,
     BatchLimit,
+    Clock,
     Count,
     Day,
     Delay,
@@ -56,6 +63,7 @@ from values import (
     RetryCount,
     Screen,
     Sequence,
+    Sha256,
     Slots,
     SystemInfo,
     Tags,
@@ -307,7 +315,9 @@ class RegisterIn(DeviceBody, kw_only=True):
 
 
 class HeartbeatIn(DeviceBody, kw_only=True):
-    """A device's sign of life. Usage figures outside 0..100 are dropped, not refused."""
+    """A device's heartbeat. Figures out of range are dropped, not refused. `problem` is a word, such as spool_full.
+
+    Without holding (or null) it is a sign of life only: what the device holds stays as it is in the books."""
 
     boot_id: Name
     seq: Sequence
@@ -316,6 +326,8 @@ class HeartbeatIn(DeviceBody, kw_only=True):
     disk_raw: Percent = msgspec.field(default_factory=lambda: NOTHING, name="disk_usage")
     active_raw: Count = msgspec.field(default_factory=lambda: NOTHING, name="active_tasks")
     system_info_raw: SystemInfo = msgspec.field(default_factory=lambda: NOTHING, name="system_info")
+    clock_raw: Clock = msgspec.field(default_factory=lambda: NOTHING, name="clock")
+    problem: Optional[FreeText] = None
     leaving: bool = False
     holding: Optional[HoldingList] = None
 
@@ -337,6 +349,10 @@ class HeartbeatIn(DeviceBody, kw_only=True):
         return None if number is None else int(number)
 
     @property
+    def clock(self) -> float | None:
+        return measured(self.clock_raw, 1e11)
+
+    @property
     def system_info_text(self) -> str | None:
         """system_info as JSON text, or None if absent, no object, too large or unfit to store."""
         try:
@@ -346,7 +362,16 @@ class HeartbeatIn(DeviceBody, kw_only=True):
         return bytes(self.system_info_raw).decode()
 
     def check(self, where: str, screen: Screen) -> None:
+        self.problem = clean(self.problem, 64)
         check_each(self.holding, where + "holding", screen)
+
+
+class ArtifactIn(DeviceBody, kw_only=True):
+    """A file that belongs to a completed task; it was sent before by PUT /tasks/artifacts."""
+
+    name: ArtifactName
+    bytes: ArtifactBytes
+    sha256: Sha256
 
 
 class ReportIn(DeviceBody, kw_only=True):
@@ -366,6 +391,7 @@ class ReportIn(DeviceBody, kw_only=True):
     snooze_seconds: Optional[Delay] = None
     reason: Optional[FreeText] = None
     new_tasks: Optional[TaskList] = None
+    artifacts: Optional[Annotated[list[ArtifactIn], at_most(100, "files")]] = None
 
     @property
     def result_text(self) -> str | None:
@@ -540,6 +566,13 @@ class Query:
             return default
         return check_name(value, name)
 
+    def required(self, name: str) -> str:
+        """A line of text that has to be there."""
+        value = self.text(name)
+        if value is None:
+            raise Invalid(422, "missing_field", f"{name} is missing.", name)
+        return value
+
     def integer(
         self, name: str, default: int | None, *, minimum: int = 0, maximum: int = BIGGEST_INTEGER
     ) -> int | None:
@@ -606,6 +639,20 @@ def check_name(text: str, field: str) -> str:
     return text
 
 
+def check_artifact_name(text: str) -> str:
+    """The text, if it is a file's name and never more than that."""
+    if not re.search(ARTIFACT_NAME_PATTERN, text):
+        raise invalid("name", f"must be {ARTIFACT_NAME_RULE}")
+    return text
+
+
+def check_sha256(text: str) -> str:
+    """The text, if it is a sha256 in hex digits."""
+    if not re.search(SHA256_PATTERN, text):
+        raise invalid("sha256", f"must be {SHA256_RULE}")
+    return text
+
+
 def check_line(text: str, field: str, maximum: int = 128) -> str:
     """The text, if it is one line of at most `maximum` characters (a batch's name in a path, for example)."""
     if not 1 <= len(text) <= maximum or CONTROL.search(text):
@@ -650,6 +697,6 @@ encode = msgspec.json.Encoder().encode  # NaN and Infinity become null, so a rep
 # Made now, by one thread: msgspec 0.22 crashes the process when two threads are the first to use a Struct at once.
 for _first in (
     TaskIn, TaskList, TasksIn, FilterIn, ActionIn, AssignIn, ReasonIn, StrategyIn, LoginIn, Holding, RegisterIn,
-    HeartbeatIn, ReportIn, ReportsIn, ReportsRawIn, AssignmentOnly, StatusIn, DeviceStatusIn,
+    HeartbeatIn, ArtifactIn, ReportIn, ReportsIn, ReportsRawIn, AssignmentOnly, StatusIn, DeviceStatusIn,
 ):  # fmt: skip
     decoder_for(cast("Any", _first))

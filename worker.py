@@ -8,17 +8,21 @@ Copy worker.py, settings.py, executors/ and config/distribution_worker.json to a
 start `python worker.py --device-id shop-7`. Only the device opens connections. The contract, with its numbers:
 
   pull       One pull is always open: limit = free slots, held up to pull_wait_seconds (20, at most 25), numbered by
-             seq; ack is the last one received. A request on its way cannot be changed, so none is held with limit 0: a
-             full device waits here for a slot (1.5 to 2.5 s), then asks with wait 0 for cancel[] and drain, and a slot
-             that becomes free is filled at once. What is delivered again is not run again.
+             seq; ack is the last one received. What is delivered again is not run again. Full for 0.3 s, a device holds
+             one with limit 0 on a second connection, so that cancel[] and drain still reach it at once. That one has
+             no number: it brings no tasks, and the master ends it when the next one with a limit comes.
   heartbeat  Every heartbeat_interval (30 s, or the reply's next_seconds), from its own thread, against a deadline. Its
              holding[] names everything from delivery until the report is acknowledged: queued, running or reporting.
+             A problem (spool_full, spool_unwritable, artifacts_full) is told within a second or two. While the
+             interpreter or the disk stalls, a deputy process beats with holding null, for task_timeout + 60 s at most
+             (not on Windows).
   reports    At most 100 in a request and max_body_bytes in all; what is ready goes at once, what becomes ready
              meanwhile goes together. A start is reported once a task has run for 0.2 s; a faster one only its end.
   spool      A report is on disk (length, CRC, one fdatasync a batch) before it is sent, and is sent again after any
              crash, before the first pull. Full (spool_max_bytes) or unwritable: no more pulls, nothing is dropped.
-  time       A task over execution_timeout_seconds is reported failed (timeout), a cancelled one may go on for 5 s; then
-             its thread, which cannot be killed, is left behind and replaced, and its result does not count.
+  time       A task over execution_timeout_seconds is reported failed (timeout). One in a process of its own is ended:
+             SIGTERM (a cancelled one sees context.cancelled 0.5 s earlier), 5 s later SIGKILL for all it started. A
+             thread cannot be killed: 5 s after a cancel, or at once when out of time, it is left behind and replaced.
              What did not start within start_within_seconds (by CLOCK_BOOTTIME) is handed back unstarted.
   outage     First try after rand(0, reconnect spread), after a broken connection rand(0, a tenth of it); then rand(0,
              2, 4, 8 ... 60 s). At the first start rand(0, 1) instead of the spread: devices boot before their master.
@@ -35,6 +39,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
 import logging
 import os
@@ -48,14 +53,19 @@ import socket
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Optional, Sequence
 from urllib.parse import quote
 
 from executors import task_executor
+from executors.device.artifacts import ArtifactFiles, Uploader
+from executors.device.child import CANCEL_GRACE_SECONDS, CANCELLED, RELEASED, TIMEOUT, Children
+from executors.device.deputy import Deputy
 from executors.device.holding import QUEUED, Held, Holding
 from executors.device.link import Busy, Link, MasterClient, Refused, Unreachable, number
-from executors.device.machine import STOP_SIGNALS, Machine, boot_clock, lock_file
+from executors.device.machine import STOP_SIGNALS, Machine, lock_file
+from executors.device.pulls import Pulls
 from executors.device.reports import Reporter
 from executors.device.spool import Spool
 from settings import PROTOCOL, VERSION, ExitCode, Settings, SettingsError, configure_logging, from_arguments
@@ -63,12 +73,13 @@ from settings import stop as stop_with
 
 log = logging.getLogger("worker")
 
-REGISTER_SECONDS = BEAT_SECONDS = PULL_EXTRA_SECONDS = 10.0
+REGISTER_SECONDS = BEAT_SECONDS = 10.0
 LEAVE_SECONDS = 3.0
 FLUSH_SECONDS = 5.0
-FULL_WAIT_SECONDS = (1.5, 2.5)
+DEPUTY_EXTRA_SECONDS = 60.0
+CALLERS = ("pull", "listen", "beat", "report", "files", "leave")
 START_REPORT_SECONDS = 0.2
-CANCEL_GRACE_SECONDS = 5.0
+KILL_SECONDS = CANCEL_GRACE_SECONDS + 2
 SECOND_SIGNAL_SECONDS = 0.5
 BUSY_TICK_SECONDS, IDLE_TICK_SECONDS = 0.2, 1.0
 
@@ -100,13 +111,22 @@ class Worker:
     def __init__(self, settings: Settings, folder: Path) -> None:
         self.settings = settings
         self.boot_id = secrets.token_hex(16)
+        self.deputy = Deputy(settings, self.boot_id)
         self.executors = task_executor.load_executors(settings.executors)
         self.link = Link(settings.master_url)
-        self.clients = {name: MasterClient(self.link, settings) for name in ("pull", "beat", "report", "leave")}
+        self.clients = {name: MasterClient(self.link, settings) for name in CALLERS}
         self.holding = Holding(settings.concurrent_tasks)
         self.spool = Spool(folder, settings.spool_max_bytes)
-        self.reporter = Reporter(self.spool, self.holding, self.clients["report"], settings.device_id, self.boot_id)
+        unsent = [report.assignment_id for report in self.spool.pending()]
+        self.files = ArtifactFiles(folder, settings.artifact_max_bytes, unsent)
+        process = (settings.device_id, self.boot_id)
+        self.reporter = Reporter(self.spool, self.holding, self.files, self.clients["report"], *process)
+        self.uploader = Uploader(self.files, self.reporter, self.clients["files"], *process)
         self.machine = Machine(folder)
+        self.settings_by_name = dataclasses.asdict(settings)
+        self.children = Children(self.settings_by_name, folder)
+        self.unreported: set[Held] = set()  # settled, the report not handed over yet: a stop waits
+        self.handing_back = threading.Event()  # children end now, and their tasks are handed back
         self.work: queue.SimpleQueue[Held] = queue.SimpleQueue()
         self.bell = Bell()
         self.registered = threading.Event()
@@ -118,12 +138,11 @@ class Worker:
         self.is_monitored = settings.enable_monitoring
         self.is_drained_by_master = False
         self.next_beat = 0.0
+        self.told_problem: Optional[str] = None
         self.beating = threading.Lock()  # held during a beat, and for good by the last one
         self.beat_seq = itertools.count(1)  # one for two threads: the last beat must not share its number
-        self.pull_seq = self.pull_ack = 0
-        self.empty_pause = 0.0
-        self.open_limit = 0  # of the pull that is on its way
-        self.is_stop_told = False
+        self.pulls = Pulls(settings, self.boot_id, self.holding, self.clients, self.registered, self.stopping,
+                           limit=self._limit, take=self._take, follow=self._follow)  # fmt: skip
 
     # -- the main thread --
 
@@ -131,8 +150,10 @@ class Worker:
         """Work until a signal, or until the master refuses this process; answers the exit code."""
         log.info("worker started device=%s master=%s slots=%d types=%s", self.settings.device_id,
                  self.settings.master_url, self.holding.slots, ",".join(sorted(self.executors)))  # fmt: skip
+        self.children.kill_leftovers()
         self._start("journal", self._loop, self.reporter.journal, lambda: True)
-        for name, step in (("report", self._report), ("beat", self._beat), ("pull", self._pull)):
+        steps = {"report": self._report, "files": self.uploader.send, "beat": self._beat, "pull": self._pull}
+        for name, step in {**steps, "listen": self.pulls.listen}.items():
             self._start(name, self._loop, step, lambda: self.end_code is None)
         for _ in range(self.holding.slots):
             self._start("slot", self._slot)
@@ -152,31 +173,40 @@ class Worker:
             now = time.monotonic()
             for client in self.clients.values():
                 client.cut_if_overdue(now)
-            if self.stopping.is_set() and self.open_limit:
-                self.clients["pull"].cut()
+            if self.stopping.is_set() or self.reporter.problem:
+                self.pulls.take_back()
             for held in self.holding.busy():
                 self._watch(held, now)
+            self.children.end_idle(now)
         except Exception:
             log.exception("the watching thread goes on")
 
     def _watch(self, held: Held, now: float) -> None:
-        """What time does to a task that is here."""
-        timeout = number(held.task.get("execution_timeout_seconds"), self.settings.task_timeout, 0.01, 1e9)
+        """What time does to a task that is here; one in a process of its own is ended by its slot's thread."""
         ran = now - held.started
+        is_in_thread = not self._has_process(held)
         if held.phase == QUEUED:
             self._hand_back_if_it_may_not_start(held)
-        elif held.cancelled is not None and now - held.cancelled > CANCEL_GRACE_SECONDS:
+        elif is_in_thread and held.cancelled is not None and now - held.cancelled > CANCEL_GRACE_SECONDS:
             self._leave_behind(held, "was cancelled")
-        elif ran > timeout:
+        elif is_in_thread and ran > (timeout := self._timeout(held)):
             message = f"ran longer than {timeout:g} s"
-            self._leave_behind(held, message, error_type="timeout", error_message=message, duration_seconds=ran)
+            self._leave_behind(held, message, error_type=TIMEOUT, error_message=message, duration_seconds=ran)
         elif ran >= START_REPORT_SECONDS and not held.is_start_told and held.cancelled is None:
             held.is_start_told = True
             self.reporter.put_start(held)
 
+    def _has_process(self, held: Held) -> bool:
+        executor = self.executors.get(str(held.task.get("task_type")))
+        return executor is not None and executor.isolation == "process"
+
+    def _timeout(self, held: Held) -> float:
+        return number(held.task.get("execution_timeout_seconds"), self.settings.task_timeout, 0.01, 1e9)
+
     def _leave_behind(self, held: Held, why: str, **failed: Any) -> None:
         """Give the slot of a task that does not end to a new thread."""
         is_reported = self.holding.settle(held, leave_thread=True)
+        self.files.drop(held.assignment_id)
         if held.is_replaced:
             log.warning("left behind %s: it %s and its thread does not end; a new thread has its slot", held, why)
             self._start("slot", self._slot)
@@ -190,9 +220,11 @@ class Worker:
             self._hand_back(held, "not started in time")
 
     def _hand_back(self, held: Held, reason: str) -> None:
+        self.unreported.add(held)
         if self.holding.settle(held):
             log.info("released %s reason=%s", held, reason)
             self._report_end(held, {"outcome": "released", "reason": reason})
+        self.unreported.discard(held)
 
     def _report_end(self, held: Held, content: dict[str, Any]) -> None:
         self.reporter.put({"assignment_id": held.assignment_id, "lease_id": held.lease_id, **content})
@@ -202,6 +234,7 @@ class Worker:
         if self.end_code is None:
             log.error("%s", sentence)
             self.end_code = code
+            self.deputy.rest()
             self.bell.ring()
 
     def on_signal(self, *_: Any) -> None:
@@ -229,12 +262,14 @@ class Worker:
             self.holding.changed.notify_all()
         if self.end_code != ExitCode.CONFLICT:  # another process has the tasks now
             self._drain()
-        self._wait(lambda: self.reporter.is_flushed(to_disk_only=True), FLUSH_SECONDS)
+        self._wait(lambda: not self.unreported and self.reporter.is_flushed(to_disk_only=True), FLUSH_SECONDS)
         if self.end_code is None and self.registered.is_set():
             self._wait(self.reporter.is_flushed, FLUSH_SECONDS)
             self._leave()
         if self.reporter.is_flushed():
             self.spool.close()
+        self.handing_back.set()
+        self.children.end_all()
         log.info("worker stopped device=%s spooled=%d", self.settings.device_id, len(self.spool.pending()))
         return ExitCode.OK if self.end_code is None else self.end_code
 
@@ -242,6 +277,9 @@ class Worker:
         """Let running tasks finish, and hand back what does not; `_watch` hands back what has not begun."""
         log.info("drain busy=%d seconds=%g", self.holding.busy_count, self.drain_seconds)
         self._wait(lambda: self.holding.busy_count == 0, self.drain_seconds)
+        # Nobody else may get a task that still runs here: first its process ends.
+        self.handing_back.set()
+        self._wait(lambda: not any(self._has_process(held) for held in self.holding.busy()), KILL_SECONDS)
         for held in self.holding.busy():
             self._hand_back(held, "the device stops")
 
@@ -252,6 +290,7 @@ class Worker:
 
     def _leave(self) -> None:
         self.beating.acquire(timeout=LEAVE_SECONDS)
+        self.deputy.rest()
         try:
             self.clients["leave"].post(self._path("heartbeat"), self._beat_body(leaving=True), LEAVE_SECONDS)
         except (Unreachable, Busy, Refused) as error:
@@ -312,16 +351,30 @@ class Worker:
     # -- beats --
 
     def _beat(self) -> None:
-        """Wait for the next beat's moment, and beat."""
-        if not self.registered.wait(1.0):
+        """Wait for the next beat's moment, and beat. The deputy hears of it too, and beats if this thread cannot."""
+        if not self.registered.is_set():
+            self.deputy.rest()
+            self.registered.wait(1.0)
             return
-        left = self.next_beat - time.monotonic()
+        due = max(self.next_beat, self.link.next_try)  # no holding[] is written down before, or it would be stale
+        patience = self.holding.longest_timeout(self.settings.task_timeout) + DEPUTY_EXTRA_SECONDS
+        self.deputy.expect(due, interval=self.heartbeat_seconds, patience=patience)
+        left = due - time.monotonic()
         if left > 0:
             time.sleep(min(left, 1.0))
+            if self.reporter.problem != self.told_problem:
+                self.next_beat = 0.0
             return
-        self.link.wait_turn()  # before holding[] is written down, or it would be stale
-        with self.beating:
-            reply = self.clients["beat"].post(self._path("heartbeat"), self._beat_body(), BEAT_SECONDS)
+        if self.next_beat and -left > self.heartbeat_seconds + BEAT_SECONDS:
+            log.warning("beat late by %.0f s: a task held the interpreter, or this machine stood still", -left)
+        try:
+            with self.beating:
+                reply = self.clients["beat"].post(self._path("heartbeat"), self._beat_body(), BEAT_SECONDS)
+        except Busy as busy:
+            self.next_beat = time.monotonic() + busy.seconds * random.uniform(1, 1.5)
+            return
+        if not isinstance(reply.get("cancel"), list):
+            raise Unreachable("answered a heartbeat without cancel[]", was_broken=True)
         self._follow(reply)
         seconds = number(reply.get("next_seconds"), self.heartbeat_seconds, 0.05, 3600) * random.uniform(0.9, 1)
         self.next_beat = max(self.next_beat + seconds, time.monotonic())
@@ -329,18 +382,24 @@ class Worker:
     def _beat_body(self, *, leaving: bool = False) -> dict[str, Any]:
         body: dict[str, Any] = {"boot_id": self.boot_id, "seq": next(self.beat_seq)}
         body["holding"] = self.holding.as_holding()
+        body["problem"] = self.told_problem = self.reporter.problem
+        body["clock"] = round(time.time(), 3)
         body.update(active_tasks=self.holding.busy_count, system_info=self.machine.system_info)
         if self.is_monitored:
             body.update(self.machine.usage())
         return {**body, "leaving": True} if leaving else body
 
-    def _follow(self, reply: dict[str, Any]) -> None:
-        """What the replies to beats and pulls say about tasks and draining."""
+    def _follow(self, reply: dict[str, Any]) -> bool:
+        """What the replies to beats and pulls say about tasks and draining; whether it was news."""
         cancel = reply.get("cancel")
         self.holding.cancel(cancel if isinstance(cancel, list) else ())
-        if bool(reply.get("drain")) != self.is_drained_by_master:
+        is_news = bool(reply.get("drain")) != self.is_drained_by_master
+        if is_news:
             self.is_drained_by_master = not self.is_drained_by_master
             log.info("the master says %s", "drain: no new tasks" if self.is_drained_by_master else "go on")
+            with self.holding.changed:
+                self.holding.changed.notify_all()
+        return is_news or bool(cancel)
 
     # -- registering and pulling --
 
@@ -352,7 +411,7 @@ class Worker:
         elif self.reporter.is_replaying and not self.stopping.is_set():
             self.stopping.wait(0.05)
         else:
-            self._pull_once(self._limit() or self._wait_for_a_slot())
+            self.pulls.pull()
 
     def _register(self) -> None:
         if self.stopping.is_set():
@@ -374,7 +433,9 @@ class Worker:
         }
         reply = self.clients["pull"].post("/devices/register", body, REGISTER_SECONDS)
         said = reply.get("settings")
-        self._adopt(said if isinstance(said, dict) else {})
+        if not isinstance(said, dict):
+            raise Unreachable("answered a registration without settings", was_broken=True)
+        self._adopt(said)
         cancel = reply.get("cancel")
         self.holding.cancel(cancel if isinstance(cancel, list) else ())
         log.info("registered device=%s status=%s", settings.device_id, reply.get("status"))
@@ -387,6 +448,7 @@ class Worker:
         self.drain_seconds = number(said.get("drain_seconds"), mine.drain_seconds, 0, mine.drain_seconds)
         spread = number(said.get("reconnect_spread_seconds"), mine.reconnect_seconds, 0, mine.reconnect_seconds)
         self.link.spread_seconds = spread
+        self.files.largest_bytes = int(number(said.get("max_artifact_bytes"), self.files.largest_bytes, 1, 2**50))
         self.reporter.max_body_bytes = int(number(said.get("max_body_bytes"), 8388608, 4096, 2**30))
         self.is_monitored = mine.enable_monitoring and said.get("enable_monitoring") is not False
         first = number(said.get("next_seconds"), self.heartbeat_seconds, 0.05, 3600)
@@ -398,52 +460,10 @@ class Worker:
             return 0
         return self.holding.room()
 
-    def _wait_for_a_slot(self) -> int:
-        """The limit, as soon as it is not 0, or 0 after about 2 s; at once where a stop is news to the master."""
-        if self.stopping.is_set() and not self.is_stop_told:
-            self.is_stop_told = True
-            return 0
-        until = time.monotonic() + random.uniform(*FULL_WAIT_SECONDS)
-        with self.holding.changed:
-            while (limit := self._limit()) == 0 and (left := until - time.monotonic()) > 0:
-                self.holding.changed.wait(left)
-        return limit
-
-    def _pull_once(self, limit: int) -> None:
-        self.pull_seq += 1
-        wait = self.settings.pull_wait_seconds if limit else 0
-        query = {"device_id": self.settings.device_id, "boot_id": self.boot_id, "limit": limit, "wait": f"{wait:g}",
-                 "seq": self.pull_seq, "ack": self.pull_ack}  # fmt: skip
-        started = time.monotonic()
-        self.open_limit = limit
-        try:
-            reply = self.clients["pull"].get("/tasks/pull", query, wait + PULL_EXTRA_SECONDS)
-        finally:
-            self.open_limit = 0
-        delivered = boot_clock()
-        tasks = reply.get("tasks")
-        if not isinstance(tasks, list) or not all(self._is_task(task) for task in tasks):
-            raise Unreachable("answered a pull without a list of tasks", was_broken=True)
-        added = self.holding.add(tasks, delivered)
-        self.pull_ack = self.pull_seq
+    def _take(self, added: list[Held]) -> None:
         for held in added:
             self.work.put(held)
-        if added:
-            self.bell.ring()
-        self._follow(reply)
-        self._pause_if_useless(limit, wait, reply, time.monotonic() - started)
-
-    @staticmethod
-    def _is_task(task: Any) -> bool:
-        return isinstance(task, dict) and isinstance(task.get("lease_id"), str) and bool(task.get("assignment_id"))
-
-    def _pause_if_useless(self, limit: int, wait: float, reply: dict[str, Any], took: float) -> None:
-        """A master that cannot hold a pull answers at once and says when to come again. The wait resets on work."""
-        if reply["tasks"] or reply.get("cancel") or not limit or took >= min(wait, 1.0) / 2 > 0:
-            self.empty_pause = 0.0
-            return
-        self.empty_pause = min(2.0, max(0.05, 2 * self.empty_pause))
-        self.stopping.wait(random.uniform(0.5, 1) * number(reply.get("next_seconds"), self.empty_pause, 0.05, 60))
+        self.bell.ring()
 
     # -- slots --
 
@@ -463,18 +483,51 @@ class Worker:
         if executor is None:
             message = f"device {self.settings.device_id} has no executor for {held.task.get('task_type')}"
             outcome = task_executor.Outcome("failed", error_message=message, error_type="no_executor")
+        elif executor.isolation == "process":
+            outcome = self.children.run(
+                executor,
+                held.task,
+                ending=partial(self._ending_of, held, self._timeout(held)),
+                report_progress=held.note_progress,
+                artifact_folder=self.files.folder_of(held.assignment_id),
+            )
+            if outcome.error_type == RELEASED and self.handing_back.is_set():
+                self.files.drop(held.assignment_id)
+                self._hand_back(held, "the device stops")
+                return
         else:
             outcome = task_executor.run(
-                executor, held.task, is_cancelled=held.is_cancelled, report_progress=held.note_progress
+                executor,
+                held.task,
+                is_cancelled=held.is_cancelled,
+                report_progress=held.note_progress,
+                settings=self.settings_by_name,
+                artifact_folder=self.files.folder_of(held.assignment_id),
             )
-        if not self.holding.settle(held):
+        outcome = self.files.seal(held.assignment_id, outcome)
+        self.unreported.add(held)
+        is_reported = self.holding.settle(held)
+        if is_reported:
+            self.reporter.put(outcome.as_report(held.assignment_id, held.lease_id))
+        self.unreported.discard(held)
+        if not is_reported:
+            self.files.drop(held.assignment_id)
             log.info("dropped %s: cancelled, or reported before", held)
             return
-        self.reporter.put(outcome.as_report(held.assignment_id, held.lease_id))
         # A line for each of thousands of short tasks a second would cost more than the tasks.
         is_notable = outcome.outcome != "completed" or outcome.duration_seconds >= START_REPORT_SECONDS
         log.log(logging.INFO if is_notable else logging.DEBUG, "%s %s seconds=%.3f %s", outcome.outcome, held,
                 outcome.duration_seconds, outcome.error_message or "")  # fmt: skip
+
+    def _ending_of(self, held: Held, timeout: float) -> Optional[tuple[str, str]]:
+        """Why a task in a process of its own shall end now."""
+        if held.is_cancelled():
+            return CANCELLED, "cancelled"
+        if self.handing_back.is_set():
+            return RELEASED, "the device stops"
+        if time.monotonic() - held.started > timeout:
+            return TIMEOUT, f"ran longer than {timeout:g} s"
+        return None
 
 
 def take_folder(settings: Settings) -> Path:
@@ -500,7 +553,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run a worker until it is told to stop; answers the exit code."""
     parser = argparse.ArgumentParser(prog="worker.py", description="Take tasks from the master, run them, report them.")
     parser.add_argument("--stop-with-stdin", action="store_true", help="stop as at SIGTERM when stdin ends")
-    settings, arguments = from_arguments("worker", argv, parser=parser)
+    parser.add_argument("--doctor", action="store_true", help="say what keeps this device from working, and end")
+    is_start = "--doctor" not in (sys.argv if argv is None else argv)
+    settings, arguments = from_arguments("worker", argv, parser=parser, starting=is_start)
+    if arguments.doctor:
+        from executors.device import doctor
+
+        return doctor.examine(settings)
     configure_logging(settings)
     task_executor.install_capture()
     folder = take_folder(settings)

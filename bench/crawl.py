@@ -24,11 +24,12 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.farm import Farm, Program, cpu_seconds, open_farm, wait_until
+from bench.farm import Farm, cpu_seconds_of, open_farm, wait_until
 from bench.run import machine, row
 
 SITES = ("/usr/share/doc/python3-doc/html", "/usr/share/doc/python3/html")
 START_PAGE = "index.html"
+OPEN_STATES = ("scheduled", "pending", "assigned", "running")
 
 
 class Run(NamedTuple):
@@ -42,7 +43,7 @@ class Run(NamedTuple):
 
 
 class SiteServer:
-    """python -m http.server, as a process of its own; its CPU time can be read like a Program's."""
+    """python -m http.server, as a process of its own."""
 
     def __init__(self, folder: Path) -> None:
         command = [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", str(folder)]
@@ -53,7 +54,8 @@ class SiteServer:
             raise SystemExit("python -m http.server did not start")
         self.url = f"http://127.0.0.1:{port.group(1)}/"
 
-    cpu_seconds = Program.cpu_seconds
+    def cpu_seconds(self) -> float:
+        return cpu_seconds_of(self.process.pid)
 
     def close(self) -> None:
         self.process.kill()
@@ -89,12 +91,14 @@ def crawl(folder: Path, devices: int, slots: int) -> Run:
 
 def used(farm: Farm, site: SiteServer) -> dict[str, float]:
     workers = {f"worker {n}": worker.cpu_seconds() for n, worker in enumerate(farm.workers, 1)}
-    return {"master": cpu_seconds([farm.master]), **workers, "http.server": site.cpu_seconds()}
+    return {"master": farm.master.cpu_seconds(), **workers, "http.server": site.cpu_seconds()}
 
 
 def is_done(farm: Farm) -> bool:
     states = farm.get("/tasks/stats?batch=site")["by_state"]
-    return bool(states["completed"]) and not any(states[name] for name in ("scheduled", "pending", "assigned", "running"))
+    return bool(states["completed"]) and not any(
+        states[name] for name in ("scheduled", "pending", "assigned", "running")
+    )
 
 
 def count_html(farm: Farm) -> int:
@@ -108,9 +112,7 @@ def find_site(given: str) -> Path:
         folder = Path(name).resolve()
         if (folder / START_PAGE).is_file():
             return folder
-    raise SystemExit(
-        f"{given or SITES[0]} has no {START_PAGE}: apt-get install python3-doc, or write --site with a folder of HTML pages"
-    )
+    raise SystemExit(f"{given or SITES[0]} has no {START_PAGE}: apt-get install python3-doc, or write another --site")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -141,7 +143,10 @@ def report(devices: int, runs: list[Run]) -> None:
     for process in runs[0].cpu:
         print(row(f"{name}: CPU of {process}", "cores", [run.cpu[process] / run.seconds for run in runs]))
     last = runs[-1]
-    print(f"| {name}: found | {last.pages} pages, {last.html} HTML | {last.failed} failed | {last.seconds:.1f} s |", flush=True)
+    print(
+        f"| {name}: found | {last.pages} pages, {last.html} HTML | {last.failed} failed | {last.seconds:.1f} s |",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

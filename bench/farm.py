@@ -63,12 +63,7 @@ class Program:
             raise SystemExit(f"{self._script} ended with exit code {self.process.returncode}")
 
     def cpu_seconds(self) -> float:
-        """User and system time so far; NaN where there is no /proc."""
-        try:
-            words = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            return float("nan")
-        return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+        return cpu_seconds_of(self.process.pid)
 
     def resident_bytes(self) -> int:
         """Memory in use now; 0 where there is no /proc."""
@@ -171,6 +166,15 @@ def bodies(task: dict[str, Any], total: int) -> list[bytes]:
     """`total` equal tasks as the bodies of POST /tasks, at most BODY_TASKS in each."""
     sizes = [min(BODY_TASKS, total - at) for at in range(0, total, BODY_TASKS)]
     return [json.dumps([task] * size, separators=(",", ":")).encode() for size in sizes]
+
+
+def cpu_seconds_of(process_id: int) -> float:
+    """User and system time of a process so far; NaN where there is no /proc."""
+    try:
+        words = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return float("nan")
+    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def cpu_seconds(programs: Sequence[Program]) -> float:

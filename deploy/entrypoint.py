@@ -4,10 +4,11 @@
     python deploy/entrypoint.py --show-key     print the key that devices and browsers need
     python deploy/entrypoint.py --health       end with 0 while the master answers /healthz, else with 1
 
-Config files and key are in data/config, so they live in the data volume, readable by their owner only. The key is not
-written to the container's log, which others may read and which is kept for long. COMMAND replaces this process, so that
-it gets the container's signals itself. Needs the standard library and settings.py; the rest is in
-scripts/init_distribution.py.
+Config files and key are in data/config, so they live in the data volume, readable by their owner only. With
+AF_API_KEY_FILE nothing is made, and the key is the text of that file (a mounted secret): master and workers in
+containers of their own share one so. The key is not written to the container's log, which others may read and which is
+kept for long. COMMAND replaces this process, so that it gets the container's signals itself. Needs the standard library
+and settings.py; the rest is in scripts/init_distribution.py.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def load_settings() -> Any:
     import settings
 
     try:
-        return settings.load("standalone", config_path=CONFIG_FOLDER / "distribution_standalone.json", starting=False)
+        config = CONFIG_FOLDER / "distribution_standalone.json"
+        return settings.load("standalone", config_path=config if config.is_file() else None, starting=False)
     except settings.SettingsError as error:
         settings.stop(error)
 
@@ -46,6 +48,19 @@ def prepare() -> int:
     return made.returncode
 
 
+def take_key(name: str) -> str | None:
+    """Moves the key from that file into AF_API_KEY; what is wrong with it, or None."""
+    try:
+        key = Path(name).read_text(encoding="utf-8-sig").strip()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not text"
+        return f"AF_API_KEY_FILE: {name} cannot be read ({reason}); the container's user 10001 must be able to"
+    if not key:
+        return f"AF_API_KEY_FILE: {name} is empty; write a random key into it"
+    os.environ["AF_API_KEY"] = key
+    return None
+
+
 def is_healthy() -> bool:
     url = f"http://127.0.0.1:{load_settings().port}/healthz"
     try:
@@ -56,6 +71,11 @@ def is_healthy() -> bool:
 
 
 def main(argv: list[str]) -> int:
+    key_file = os.environ.pop("AF_API_KEY_FILE", "")
+    wrong = take_key(key_file) if key_file else None
+    if wrong:
+        print(wrong, file=sys.stderr)
+        return 2
     if argv == ["--health"]:
         return 0 if is_healthy() else 1
     if argv == ["--show-key"]:
@@ -64,7 +84,7 @@ def main(argv: list[str]) -> int:
     if not argv:
         print("write the command to start, for instance: python standalone.py", file=sys.stderr)
         return 2
-    code = prepare()
+    code = 0 if key_file else prepare()
     if code:
         return code
     sys.stdout.flush()

@@ -17,6 +17,8 @@ from executors.task_executor import DoNotRetry, Retry, Snooze, TaskExecutor
 
 
 class EchoExecutor(TaskExecutor):
+    isolation = "thread"
+
     def __init__(self) -> None:
         super().__init__("echo")
 
@@ -35,7 +37,7 @@ class EchoExecutor(TaskExecutor):
             raise DoNotRetry(f"task_data.sleep_seconds is {seconds!r}: write a number of seconds from 0")
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
-            if self.context.is_cancelled():
+            if self.context.cancelled:
                 raise DoNotRetry("cancelled while it slept")
             self.context.progress(1 - left / seconds)
             time.sleep(min(0.1, left))

@@ -15,48 +15,51 @@ An executor is a class with one method:
 
     returns a dict, or Result(dict, new_tasks=[...])    completed
     raises Snooze(seconds, reason)                      snoozed: comes again after that time, uses no retry
-    raises Retry(message, after_seconds)                failed, retried (after_seconds instead of the usual backoff)
+    raises Retry(message, after=seconds)                failed, retried (after that time instead of the usual backoff)
     raises DoNotRetry(message)                          failed, not retried
     raises anything else, SystemExit and such included  failed, retried: a crawler's errors mostly pass
     returns anything else, or what JSON cannot hold     failed (BadResult), not retried: it would return it again
     does not implement execute_task                     failed, not retried
 
-One executor object serves several tasks in parallel threads: keep what belongs to one task in local variables, and
-reach the running task by `self.context` (its log, is_cancelled(), progress(), deadline_seconds).
+One executor object may serve several tasks in parallel threads: keep what belongs to one task in local variables, and
+reach the running task by `self.context` (log, cancelled, deadline_seconds, progress(), settings, credential(),
+artifact()). A credential's value is taken out of result, error and log tail (the device's log hides it by itself).
 
 After install_capture() everything that a task's thread prints to sys.stdout or sys.stderr or logs goes to the device's
-log, and its last 16 KiB to the attempt. Not captured: what child processes write, what goes to sys.stdout.buffer, and
-threads that the executor starts without contextvars.copy_context().
+log, and its last 16 KiB to the attempt. With isolation "thread" that leaves out what child processes write, what goes
+to sys.stdout.buffer, and threads that the executor starts without contextvars.copy_context(); "process" has it all.
 
-This file must not import anything but the standard library, and it knows nothing of the master.
+It must not import anything but the standard library and executors.device, and it knows nothing of the master.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import importlib.util
 import logging
 import math
+import pkgutil
 import re
 import sys
 import threading
 import time
 import traceback
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, Optional
+
+import executors
+from executors.device.sendable import MAX_RESULT_BYTES, Unsendable, clean_text, hidden, hide, secrets_of, strict_json
 
 LOG_TAIL_BYTES = 16 * 1024
 ERROR_MESSAGE_CHARACTERS = 2000
-# A report's envelope adds some levels; the master refuses JSON deeper than 32.
-MAX_RESULT_DEPTH = 24
-# Result and new tasks of one task as JSON. A report must fit into one request (the master's max_body_bytes, 8 MiB).
-MAX_RESULT_BYTES = 7 * 1024 * 1024
 MAX_NEW_TASKS = 10_000
 MAX_WAIT_SECONDS = 7 * 86400.0
 # A line without an end is passed to the device's log in pieces of this many characters.
@@ -64,15 +67,15 @@ LOG_LINE_CHARACTERS = 4000
 
 _log = logging.getLogger("executors.task_executor")
 _NAME = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
-_UNSENDABLE = re.compile("[\0\ud800-\udfff]")
+_ARTIFACT_NAME = re.compile(r"(?!\.)[A-Za-z0-9._\-]{1,100}")
 
 
 class Retry(Exception):
-    """It failed and may succeed later: counts as a retry; `after_seconds` replaces the usual backoff."""
+    """It failed and may succeed later: counts as a retry; `after` (seconds) replaces the usual backoff."""
 
-    def __init__(self, message: str = "", after_seconds: Optional[float] = None):
+    def __init__(self, message: str = "", after: Optional[float] = None):
         super().__init__(message)
-        self.after_seconds = after_seconds
+        self.after = after
 
 
 class DoNotRetry(Exception):
@@ -101,7 +104,7 @@ class Result:
     new_tasks: list[dict[str, Any]] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Outcome:
     """What became of one attempt, ready for the report."""
 
@@ -115,6 +118,7 @@ class Outcome:
     retry_after_seconds: Optional[float] = None
     snooze_seconds: Optional[float] = None
     new_tasks: list[dict[str, Any]] = field(default_factory=list)
+    artifacts: list[dict[str, Any]] = field(default_factory=list)  # name, bytes, sha256 of each file to send
 
     def as_report(self, assignment_id: int, lease_id: str) -> dict[str, Any]:
         """One entry of POST /tasks/report, without what says nothing."""
@@ -131,6 +135,8 @@ class Outcome:
             entry["reason"] = entry.pop("error_message")
         if self.new_tasks:
             entry["new_tasks"] = self.new_tasks
+        if self.artifacts:
+            entry["artifacts"] = self.artifacts
         return entry
 
 
@@ -141,14 +147,16 @@ class Outcome:
 class LogTail:
     """The last 16 KiB of what one task wrote. Any thread may write."""
 
-    def __init__(self, limit: int = LOG_TAIL_BYTES):
+    def __init__(self, limit: int = LOG_TAIL_BYTES, secrets: tuple[str, ...] = ()):
         self._limit = limit
+        self._secrets = secrets
         self._bytes = bytearray()
         self._line = ""
         self._lock = threading.Lock()
 
     def write(self, text: str) -> None:
-        written = clean_text(text[-self._limit :]).encode("utf-8")
+        # Hidden before anything is cut: half a credential is still too much of it.
+        written = clean_text(hide(text, self._secrets)[-self._limit :]).encode("utf-8")
         with self._lock:
             self._bytes += written
             if len(self._bytes) > 2 * self._limit:
@@ -157,7 +165,7 @@ class LogTail:
     def text(self) -> str:
         with self._lock:
             # "ignore": the cut may have gone through a character.
-            return self._bytes[-self._limit :].decode("utf-8", "ignore")
+            return hide(self._bytes[-self._limit :].decode("utf-8", "ignore"), self._secrets)
 
     def ends_line(self) -> bool:
         with self._lock:
@@ -166,7 +174,7 @@ class LogTail:
     def complete_lines(self, text: str) -> list[str]:
         """Add printed text; return the lines that are complete now, for the device's log."""
         with self._lock:
-            *lines, self._line = (self._line + text).split("\n")
+            *lines, self._line = hide(self._line + text, self._secrets).split("\n")
             if len(self._line) > LOG_LINE_CHARACTERS:
                 lines.append(self._line)
                 self._line = ""
@@ -187,18 +195,26 @@ class Context:
         *,
         is_cancelled: Optional[Callable[[], bool]] = None,
         report_progress: Optional[Callable[[float, str], None]] = None,
+        settings: Optional[Mapping[str, Any]] = None,
+        artifact_folder: Optional[Path] = None,
+        tail: Optional[LogTail] = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.task = task
         self.log = logging.getLogger(f"executors.{task.get('task_type') or 'task'}")
-        self.tail = LogTail()
+        self._device_settings = settings or {}
+        self.secrets = secrets_of(self._device_settings)
+        self.tail = LogTail(secrets=self.secrets) if tail is None else tail
         self._is_cancelled = is_cancelled
         self._report_progress = report_progress
+        self._artifact_folder = artifact_folder
+        self._artifact_names: list[str] = []
         self._clock = clock
         timeout = bounded_seconds(task.get("execution_timeout_seconds"))
         self._deadline = clock() + timeout if timeout else None
 
-    def is_cancelled(self) -> bool:
+    @property
+    def cancelled(self) -> bool:
         """Has the master taken this task back? A long executor asks now and then; its result then counts no more."""
         return bool(self._is_cancelled and self._is_cancelled())
 
@@ -210,7 +226,53 @@ class Context:
     def progress(self, fraction: float, message: str = "") -> None:
         """Say how far the task is, 0 to 1; the next heartbeat carries it."""
         if self._report_progress and math.isfinite(fraction):
-            self._report_progress(min(1.0, max(0.0, float(fraction))), clean_text(str(message))[:200])
+            said = clean_text(hide(str(message), self.secrets))[:200]
+            self._report_progress(min(1.0, max(0.0, float(fraction))), said)
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The device's settings by name, without those that are secret."""
+        return MappingProxyType({k: v for k, v in self._device_settings.items() if k not in ("api_key", "credentials")})
+
+    def credential(self, name: str) -> str:
+        """The token of that name in this device's setting `credentials`; it is hidden in all that the task says."""
+        value = dict(self._device_settings.get("credentials") or {}).get(name)
+        if not isinstance(value, str) or not value:
+            raise DoNotRetry(f"this device has no credential {name!r}: write it under credentials in its config file")
+        return value
+
+    def artifact(self, name: str) -> Path:
+        """Where to write a file of that name; it goes to the master if the task completes, and only then."""
+        if not _ARTIFACT_NAME.fullmatch(name):
+            raise DoNotRetry(f"an artifact cannot be named {name!r}: write 1 to 100 of A-Z a-z 0-9 . _ -, no dot first")
+        if self._artifact_folder is None:
+            raise DoNotRetry("there is no folder for artifacts here: run the task on a device")
+        self._artifact_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if name not in self._artifact_names:
+            self._artifact_names.append(name)
+        return self._artifact_folder / name
+
+    def artifacts(self) -> list[dict[str, Any]]:
+        """Name, bytes and sha256 of each artifact that was written."""
+        if self._artifact_folder is None or not self._artifact_names:
+            return []
+        written = [
+            {"name": name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+            for name in self._artifact_names
+            if (path := self._artifact_folder / name).is_file()
+        ]
+        if not written:  # the device looks for files only where there are some
+            with contextlib.suppress(OSError):
+                self._artifact_folder.rmdir()
+        return written
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1024 * 1024):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 _current: ContextVar[Optional[Context]] = ContextVar("current_task", default=None)
@@ -227,10 +289,15 @@ def current() -> Context:
 class TaskExecutor:
     """Base class of all executors.
 
+    `isolation`: "process" runs each task in a process of its own, which is killed when its time is up; "thread" runs it
+    in a thread of the worker, which costs less and cannot be killed: only for code that keeps its own time limits.
+    `memory_limit_mb`: what one task may use at most, in a process of its own; None is the device's task_memory_mb.
     `required_modules`: the executor is left off a device where one of them cannot be imported.
     `tags`: a device with this executor registers them, such as "selectors"."""
 
     task_type: str = ""
+    isolation: str = "process"
+    memory_limit_mb: Optional[int] = None
     required_modules: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
 
@@ -256,28 +323,48 @@ def run(
     *,
     is_cancelled: Optional[Callable[[], bool]] = None,
     report_progress: Optional[Callable[[float, str], None]] = None,
+    settings: Optional[Mapping[str, Any]] = None,
+    artifact_folder: Optional[Path] = None,
+    tail: Optional[LogTail] = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Outcome:
-    """Run one pulled task in this thread and say what became of it. Never raises."""
+    """Run one pulled task in this thread and say what became of it. Never raises.
+
+    `settings`: the device's, by name, secrets included. `artifact_folder` is made when the task asks for an artifact;
+    whoever gave it removes it."""
     started = clock()
-    context = Context(task, is_cancelled=is_cancelled, report_progress=report_progress, clock=clock)
+    context = Context(
+        task,
+        is_cancelled=is_cancelled,
+        report_progress=report_progress,
+        settings=settings,
+        artifact_folder=artifact_folder,
+        tail=tail,
+        clock=clock,
+    )
     token = _current.set(context)
     try:
         outcome = execute(executor, context)
         pass_to_device_log(context, [context.tail.rest_of_line()])
     finally:
         _current.reset(token)
-    return replace(outcome, log_tail=context.tail.text(), duration_seconds=max(0.0, clock() - started))
+    outcome.log_tail, outcome.duration_seconds = context.tail.text(), max(0.0, clock() - started)
+    return outcome
 
 
 def execute(executor: TaskExecutor, context: Context) -> Outcome:
     """Call the executor; whatever comes out of it is an outcome."""
     try:
-        return completed(executor.execute_task(arguments(context.task)), context.task)
+        outcome = completed(executor.execute_task(arguments(context.task)), context.task)
+        outcome.artifacts = context.artifacts()
     except BaseException as error:  # an executor that calls sys.exit() must not end the device
         if not isinstance(error, (Retry, DoNotRetry, Snooze)):
             note_traceback(error, context)
-        return ended_by(error)
+        outcome = ended_by(error, context.secrets)
+    if context.secrets:
+        outcome.result = hidden(outcome.result, context.secrets)
+        outcome.new_tasks = hidden(outcome.new_tasks, context.secrets)
+    return outcome
 
 
 def arguments(task: Mapping[str, Any]) -> dict[str, Any]:
@@ -299,26 +386,29 @@ def completed(returned: Any, task: Mapping[str, Any]) -> Outcome:
     if len(new_tasks) > MAX_NEW_TASKS:
         raise BadResult(f"new_tasks holds {len(new_tasks)} tasks: at most {MAX_NEW_TASKS} may come of one")
     budget = [MAX_RESULT_BYTES]
-    strict_result = strict_json(result, "result", budget)
-    strict_tasks = [strict_json(child, f"new_tasks[{i}]", budget) for i, child in enumerate(new_tasks)]
+    try:
+        strict_result = strict_json(result, "result", budget)
+        strict_tasks = [strict_json(child, f"new_tasks[{i}]", budget) for i, child in enumerate(new_tasks)]
+    except Unsendable as error:
+        raise BadResult(str(error)) from None
     inherited = {"batch": task.get("batch"), "parent_id": task.get("id")}
     inherited = {name: value for name, value in inherited.items() if value is not None}
     return Outcome("completed", result=strict_result, new_tasks=[{**inherited, **child} for child in strict_tasks])
 
 
-def ended_by(error: BaseException) -> Outcome:
+def ended_by(error: BaseException, secrets: tuple[str, ...] = ()) -> Outcome:
     """The outcome of a raised exception."""
-    message, error_type = describe(error), type(error).__name__
+    message, error_type = describe(error, secrets), type(error).__name__
     if isinstance(error, Snooze):
         seconds = bounded_seconds(error.seconds)
         return Outcome("snoozed", error_message=message, snooze_seconds=60.0 if seconds is None else seconds)
     if isinstance(error, Retry):
-        after = bounded_seconds(error.after_seconds)
+        after = bounded_seconds(error.after)
         return Outcome("failed", error_message=message, error_type=error_type, retry_after_seconds=after)
     return Outcome("failed", error_message=message, error_type=error_type, retry=not isinstance(error, DoNotRetry))
 
 
-def describe(error: BaseException) -> str:
+def describe(error: BaseException, secrets: tuple[str, ...] = ()) -> str:
     """One bounded sentence for an exception, even for one whose own text fails."""
     try:
         text = str(error)
@@ -326,7 +416,7 @@ def describe(error: BaseException) -> str:
         text = ""
     if isinstance(error, SystemExit):
         text = f"the executor called sys.exit({text})"
-    return clean_text(text or type(error).__name__)[:ERROR_MESSAGE_CHARACTERS]
+    return clean_text(hide(text or type(error).__name__, secrets))[:ERROR_MESSAGE_CHARACTERS]
 
 
 def note_traceback(error: BaseException, context: Context) -> None:
@@ -346,59 +436,6 @@ def bounded_seconds(value: Any) -> Optional[float]:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
         return None
     return float(min(MAX_WAIT_SECONDS, max(0.0, value)))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Strict JSON
-
-
-def clean_text(text: str) -> str:
-    """NUL and lone surrogates become U+FFFD: the master refuses both, and a page may contain either."""
-    return _UNSENDABLE.sub("\ufffd", text)
-
-
-def strict_json(value: Any, path: str, budget: list[int], depth: int = 0) -> Any:
-    """A copy of `value` that every JSON reader takes; BadResult names the place that none would take.
-
-    `budget` holds the bytes left and is counted down."""
-    if depth > MAX_RESULT_DEPTH:
-        raise BadResult(f"{path[:200]} is nested deeper than {MAX_RESULT_DEPTH} levels")
-    budget[0] -= 6 + (len(value.encode("utf-8", "replace")) if isinstance(value, str) else 0)
-    if budget[0] < 0:
-        raise BadResult(f"the result is over {MAX_RESULT_BYTES} bytes: store large content elsewhere, return where")
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, str):
-        return clean_text(str(value))
-    if isinstance(value, (int, float)):
-        return strict_number(value, path)
-    if isinstance(value, Mapping):
-        return {
-            strict_key(key, path, budget): strict_json(item, f"{path}.{key}", budget, depth + 1)
-            for key, item in value.items()
-        }
-    if isinstance(value, (list, tuple)):
-        return [strict_json(item, f"{path}[{i}]", budget, depth + 1) for i, item in enumerate(value)]
-    kind = type(value).__name__
-    raise BadResult(f"{path} is of type {kind}, which JSON cannot hold: return text, numbers, lists or dicts")
-
-
-def strict_number(value: Any, path: str) -> Any:
-    """A plain int of 64 bits or a finite float."""
-    if isinstance(value, int):
-        if not -(2**63) <= value < 2**63:
-            raise BadResult(f"{path} is an integer past 64 bits: return it as text")
-        return int(value)
-    if not math.isfinite(value):
-        raise BadResult(f"{path} is {float(value)}, which JSON cannot hold: return null instead")
-    return float(value)
-
-
-def strict_key(key: Any, path: str, budget: list[int]) -> str:
-    if not isinstance(key, str):
-        raise BadResult(f"{path} has the key {key!r} of type {type(key).__name__}: keys are text")
-    budget[0] -= 6 + len(key)
-    return clean_text(str(key))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -508,18 +545,19 @@ def load_executors(extra_files: Iterable[str] = ()) -> dict[str, TaskExecutor]:
     """Every executor of this folder and of the extra files, by task type. What cannot be loaded is logged and left off.
 
     A later file may replace a task type of an earlier one (so your own "crawl" wins over ours); that is logged."""
-    executors: dict[str, TaskExecutor] = {}
-    here = Path(__file__).parent
-    for path in sorted(here.glob("*.py")):
-        if path.stem not in ("__init__", "task_executor"):
-            add_executors(executors, path, partial(importlib.import_module, f"executors.{path.stem}"))
-    for name in extra_files:
-        extra = Path(name).expanduser().resolve()
-        add_executors(executors, extra, partial(import_file, extra))
-    return executors
+    loaded: dict[str, TaskExecutor] = {}
+    # Not by a look into the folder: worker.pyz has none. A folder below this one is a library, no executor.
+    for module in sorted(pkgutil.iter_modules(executors.__path__), key=lambda module: module.name):
+        if not module.ispkg and module.name != "task_executor":
+            name = f"executors.{module.name}"
+            add_executors(loaded, name, partial(importlib.import_module, name))
+    for path in extra_files:
+        extra = Path(path).expanduser().resolve()
+        add_executors(loaded, str(extra), partial(import_file, extra))
+    return loaded
 
 
-def add_executors(executors: dict[str, TaskExecutor], path: Path, import_it: Callable[[], ModuleType]) -> None:
+def add_executors(loaded: dict[str, TaskExecutor], path: str, import_it: Callable[[], ModuleType]) -> None:
     """Import one file and add what it defines."""
     try:
         module = import_it()
@@ -532,9 +570,9 @@ def add_executors(executors: dict[str, TaskExecutor], path: Path, import_it: Cal
     if not found:
         _log.warning("no executor in %s: it needs a class that inherits TaskExecutor and has execute_task", path)
     for executor in found:
-        if executor.task_type in executors:
+        if executor.task_type in loaded:
             _log.warning("task type %s is taken from %s now", executor.task_type, path)
-        executors[executor.task_type] = executor
+        loaded[executor.task_type] = executor
 
 
 def import_file(path: Path) -> ModuleType:
@@ -543,7 +581,8 @@ def import_file(path: Path) -> ModuleType:
         raise FileNotFoundError(f"{path} does not exist: check --executors (setting executors)")
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
-    name = f"executor_file_{path.stem}"
+    # The sum keeps two files of one name apart; a child process finds the same one by it.
+    name = f"executor_file_{path.stem}_{zlib.crc32(str(path).encode('utf-8', 'surrogateescape')):08x}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is no Python file: its name must end in .py")
@@ -570,7 +609,7 @@ def executor_classes(module: ModuleType) -> list[type[TaskExecutor]]:
     ]
 
 
-def make_executor(cls: type[TaskExecutor], path: Path) -> Optional[TaskExecutor]:
+def make_executor(cls: type[TaskExecutor], path: str) -> Optional[TaskExecutor]:
     """Make one executor object; None, and a line in the log, if it cannot work here."""
     missing = [name for name in cls.required_modules if not is_importable(name)]
     if missing:
@@ -581,6 +620,8 @@ def make_executor(cls: type[TaskExecutor], path: Path) -> Optional[TaskExecutor]
         # The master would refuse the whole device for one name that it does not take.
         if not all(isinstance(name, str) and _NAME.fullmatch(name) for name in (executor.task_type, *executor.tags)):
             raise ValueError('write super().__init__("task_type"): names and tags are 1 to 64 of A-Z a-z 0-9 _ . -')
+        if executor.isolation not in ("process", "thread"):
+            raise ValueError(f'isolation is {executor.isolation!r}: write "process" or "thread"')
     except (Exception, SystemExit) as error:
         kind = type(error).__name__
         _log.error("left off %s of %s: %s: %s", cls.__name__, path, kind, describe(error), exc_info=True)
@@ -595,6 +636,6 @@ def is_importable(name: str) -> bool:
         return False
 
 
-def device_tags(executors: Mapping[str, TaskExecutor]) -> list[str]:
+def device_tags(loaded: Mapping[str, TaskExecutor]) -> list[str]:
     """The tags that these executors bring to the device, sorted."""
-    return sorted({tag for executor in executors.values() for tag in executor.tags})
+    return sorted({tag for executor in loaded.values() for tag in executor.tags})

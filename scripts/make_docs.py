@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -62,7 +63,7 @@ def settings_page() -> str:
 
 EXIT_CODES = {
     settings.ExitCode.OK: "Stopped in good order, or the command did what it was asked for.",
-    settings.ExitCode.UNREACHABLE: "No master answers, or an export or a crawl was cut off.",
+    settings.ExitCode.UNREACHABLE: "No master answers, an export or a crawl was cut off, or --doctor found a fault.",
     settings.ExitCode.SETTINGS: "A setting, a flag or an input file is wrong; the line says what to write.",
     settings.ExitCode.CONFLICT: "Another process runs under this device id.",
     settings.ExitCode.DATABASE_BAD: "The database is not ours, empty, corrupt or cannot be written.",
@@ -75,9 +76,7 @@ EXIT_CODES = {
 
 def setting_row(row: settings.Setting) -> tuple[str, ...]:
     default = row.default
-    shown = (
-        '""' if default == "" else "[]" if default == () else str(default).lower() if row.type == "bool" else default
-    )
+    shown = json.dumps(default) if default in ("", (), {}) or row.type == "bool" else default
     allowed = ", ".join(row.choices)
     if row.minimum is not None and row.maximum is not None:
         allowed = f"{row.minimum:.15g} to {row.maximum:.15g}"
@@ -145,7 +144,7 @@ def names_of(request: Any) -> list[str]:
 
 def request_types(operations: Sequence[openapi.Operation]) -> list[str]:
     """The types of bodies in the order of the table, each followed by those it holds."""
-    inner = {"RegisterIn": ["Holding"], "ReportsIn": ["ReportIn"], "ActionIn": ["FilterIn"]}
+    inner = {"RegisterIn": ["Holding"], "ReportsIn": ["ReportIn", "ArtifactIn"], "ActionIn": ["FilterIn"]}
     found: list[str] = []
     for operation in operations:
         for name in names_of(operation.request):

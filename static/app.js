@@ -13,7 +13,7 @@ const memory = {  // a browser may forbid storage; then the page just forgets
   set(name, value) { try { localStorage.setItem(`af.${name}`, value); } catch { /* forgotten */ } },
 };
 let language = memory.get("language") || (navigator.language.toLowerCase().startsWith("zh") ? "zh" : "en");
-let filter = {}, taskId = "", limit = PAGE_SIZE, everyDevice = false;
+let filter = {}, taskId = "", limit = PAGE_SIZE, everyDevice = false, isAdding = false;
 let overview = null, devices = null, devicesAt = 0, tasks = null, task = null, taskProblem = "";
 const reasons = new Map();  // lane -> {reason, detail, at}
 
@@ -160,7 +160,9 @@ function draw() {
   if (!overview) return;
   const needsKey = memory.get("signed_in") === "yes";
   view.showOverview(overview, filter);
-  view.showDevices(devices, everyDevice, `${needsKey ? "AF_API_KEY=YOUR_KEY " : ""}python worker.py --device-id my-first-device --master-url ${location.origin}`);
+  view.showDevices(devices, everyDevice);
+  const isLoopback = /^(localhost|127\..*|\[::1\])$/.test(location.hostname);
+  view.showAddDevice({ isOpen: isAdding, hasNone: devices.length === 0, hasFile: overview.has_worker_file, needsKey, url: location.origin, isLoopback });
   const submit = `curl ${location.origin}${API}/tasks -H "Content-Type: application/json"${needsKey ? ' -H "Authorization: Bearer YOUR_KEY"' : ""} -d '{"task_type": "echo", "task_data": {"say": "hello"}}'`;
   if (tasks) view.showTasks(tasks, filter, reasons, submit);
   if (taskId && (task || taskProblem)) view.showTask(task, taskProblem, filter, API);
@@ -243,6 +245,7 @@ addEventListener("keydown", (event) => {
 });
 byId("skip").addEventListener("click", (event) => { event.preventDefault(); byId("tasks").focus(); byId("tasks").scrollIntoView(); });
 byId("more-tasks").firstChild.addEventListener("click", () => { limit = Math.min(LONGEST_PAGE, limit * 2); refreshIn(0); });
+byId("add-device").addEventListener("click", () => { isAdding = !isAdding; draw(); });
 byId("more-devices").firstChild.addEventListener("click", () => { everyDevice = true; draw(); });
 
 // ---- One task -------------------------------------------------------------------------------------------------------

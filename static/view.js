@@ -17,6 +17,7 @@ const ICON = {
 };
 const SHOWN_CHARACTERS = 20000;
 const DEVICES_SHOWN = 20;
+const CLOCK_SKEW_SHOWN = 30;  // seconds
 const DEVICE_ORDER = { conflict: 0, online: 1, busy: 1, draining: 2, off: 3, disabled: 4 };
 
 export const byId = (id) => document.getElementById(id);
@@ -172,7 +173,24 @@ function why(waiting) {
 const sentence = (text) => (text ? text[0].toUpperCase() + text.slice(1) + (/[.!?。)]$/.test(text) ? "" : ".") : "");
 
 // ---- Devices --------------------------------------------------------------------------------------------------------
-export function showDevices(devices, everyDevice, command) {
+/** The lines to paste on a new machine; `url` is the master as this browser sees it. */
+export function showAddDevice({ isOpen, hasNone, hasFile, needsKey, url, isLoopback }) {
+  byId("add-device").setAttribute("aria-expanded", String(isOpen || hasNone));
+  show(byId("add-device"), !hasNone);
+  if (!show(byId("add-panel"), isOpen || hasNone)) return;
+  show(byId("no-devices"), hasNone);
+  say(byId("add-how"), t(hasFile ? "add_one_line" : "add_not_built"));
+  const key = needsKey ? "AF_API_KEY=YOUR_KEY " : "", flags = `--device-id shop-7 --master-url "${url}"`;
+  // The quotes and -g are for an IPv6 address in brackets, which shells and curl would take for a pattern.
+  say(byId("worker-command"), hasFile ? `curl -fsSgO "${url}/edge/worker.pyz" && ${key}python3 worker.pyz ${flags}` : `${key}python worker.py ${flags}`);
+  const windowsKey = needsKey ? '$env:AF_API_KEY = "YOUR_KEY"; ' : "";
+  say(byId("windows-command"), `Invoke-WebRequest -UseBasicParsing "${url}/edge/worker.pyz" -OutFile worker.pyz; ${windowsKey}py worker.pyz ${flags}`);
+  show(byId("add-unix"), hasFile);
+  show(byId("add-windows"), hasFile);
+  show(byId("add-key"), needsKey);
+  show(byId("add-loopback"), hasFile && isLoopback);
+}
+export function showDevices(devices, everyDevice) {
   const status = (device) => (device.status === "offline" ? "off" : device.status);
   const sorted = devices.map((device) => ({ ...device, status: status(device) }))
     .sort((a, b) => (DEVICE_ORDER[a.status] ?? 1) - (DEVICE_ORDER[b.status] ?? 1) || String(a.device_id).localeCompare(String(b.device_id)));
@@ -180,14 +198,14 @@ export function showDevices(devices, everyDevice, command) {
   for (const device of sorted) tally[device.status] = (tally[device.status] || 0) + 1;
   say(byId("device-summary"), Object.entries(tally).map(([name, n]) => `${number(n)} ${t(name)}`).join(" · "));
   show(byId("device-table"), devices.length > 0);
-  if (show(byId("no-devices"), devices.length === 0)) say(byId("worker-command"), command);
   if (show(byId("more-devices"), !everyDevice && devices.length > DEVICES_SHOWN)) say(byId("more-devices").firstChild, t("more_devices", { n: number(devices.length) }));
   patch(byId("device-rows"), everyDevice ? sorted : sorted.slice(0, DEVICES_SHOWN), (device) => device.device_id, () => {
-    return row([[el("span", "name"), el("span", "small")], [], [el("span")], [meter()], [meter()], [meter()], [meter()], [el("span"), el("span", "small")]]);
+    return row([[el("span", "name"), el("span", "small"), el("span", "reason amber")], [], [el("span")], [meter()], [meter()], [meter()], [meter()], [el("span"), el("span", "small")]]);
   }, (node, device) => {
     const cells = node.children;
     say(cells[0].firstChild, device.device_name || device.device_id);
-    say(cells[0].lastChild, [device.device_name && device.device_name !== device.device_id ? device.device_id : "", ...(device.tags || []), device.wanted_reason].filter(Boolean).join(" · "));
+    say(cells[0].children[1], [device.device_name && device.device_name !== device.device_id ? device.device_id : "", ...(device.tags || []), device.wanted_reason].filter(Boolean).join(" · "));
+    say(cells[0].lastChild, device.status === "off" ? "" : troubles(device));
     cells[0].title = [device.device_type, device.ip_address, device.version, (device.task_types || []).join(", ")].filter(Boolean).join(" · ");
     pill(cells[1], device.status);
     if (device.seconds_since_heartbeat === null || device.seconds_since_heartbeat === undefined) still(cells[2].firstChild, t("never"));
@@ -203,6 +221,12 @@ export function showDevices(devices, everyDevice, command) {
     [cells[2].dataset.name, cells[7].dataset.name] = [t("heartbeat"), t("done_failed")];
     say(cells[7].firstChild, `${number(device.completed_count)} / ${number(device.failed_count)}`);
   });
+}
+/** What a device says of itself, or its clock says of it; a word that a newer device sends is shown as it is. */
+function troubles(device) {
+  const skew = device.clock_skew_seconds ?? 0;
+  const clock = Math.abs(skew) > CLOCK_SKEW_SHOWN ? t(skew > 0 ? "clock_ahead" : "clock_behind", { age: duration(Math.abs(skew)) }) : "";
+  return [device.problem && t(Object.hasOwn(words, `problem_${device.problem}`) ? `problem_${device.problem}` : device.problem), clock].filter(Boolean).join(" ");
 }
 const meter = () => el("span", "meter", el("span"), el("i"));
 function fill(cell, name, percent, text, tone, title = "") {
@@ -300,6 +324,7 @@ export function showTask(task, problem, filter, api) {
     if (inner.localName === "a") inner.href = address(kind.task ? { ...filter, ...kind } : kind);
   });
   showAttempts(task.attempts || []);
+  showFiles(task, api);
   showJson("result", task.result);
   showJson("data", task.task_data && Object.keys(task.task_data).length ? task.task_data : null);
 }
@@ -311,6 +336,17 @@ function showWaiting(task) {
   patch(byId("dialog-devices"), excluded, (one) => one.device_id, () => el("li", "", el("b"), " ", el("span")), (node, one) => {
     say(node.firstChild, one.device_id);
     say(node.lastChild, one.excluded_because);
+  });
+}
+function showFiles(task, api) {
+  const files = task.artifacts || [];
+  show(byId("files-part"), files.length > 0);
+  patch(byId("dialog-files"), files, (file) => file.artifact_id, () => el("li", "", el("a"), " ", el("span", "quiet")), (node, file) => {
+    say(node.firstChild, file.name).href = `${api}/tasks/${task.id}/artifacts/${file.artifact_id}`;
+    node.firstChild.setAttribute("download", file.name);
+    node.firstChild.title = `sha256 ${file.sha256}`;
+    // Only the attempt that counts is the usual case; a file of another one says so.
+    say(node.lastChild, [bytes(file.bytes), file.assignment_id === task.assignment_id ? "" : t("attempt", { id: file.assignment_id })].filter(Boolean).join(" · "));
   });
 }
 function showJson(name, value) {

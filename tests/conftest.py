@@ -7,6 +7,7 @@ from pathlib import Path
 
 import farm
 import pytest
+from crawl_site import canary, site  # noqa: F401 - fixtures of test_crawl*.py
 from world import World
 
 

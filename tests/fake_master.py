@@ -67,7 +67,8 @@ class FakeMaster:
         self.waiting: deque[dict] = deque()
         self.cancel: list[Any] = []
         self.drain = False
-        self.open_pulls = 0
+        self.open_pulls: list[dict] = []
+        self.told: tuple[list[Any], bool] = ([], False)  # of cancel and drain, by the last reply to a pull
         self.settings = {"heartbeat_interval_seconds": 30, "reconnect_spread_seconds": 0, "max_body_bytes": 8388608,
                          "next_seconds": 0.1}  # fmt: skip
         self.next_seconds = 30.0
@@ -173,19 +174,24 @@ class FakeMaster:
         limit, until = int(sent["limit"]), time.monotonic() + float(sent["wait"])
         with self.changed:
             self.pulls.append(sent)
-            self.open_pulls += 1
+            self.open_pulls.append(sent)
             self.changed.notify_all()
             while not (limit and self.waiting) and time.monotonic() < until and not self._is_over(sent):
+                if self.told != (self.cancel, self.drain):
+                    break
                 self.changed.wait(min(0.1, until - time.monotonic()))
             tasks = (
                 [] if self._is_over(sent) else [self.waiting.popleft() for _ in range(min(limit, len(self.waiting)))]
             )
-            self.open_pulls -= 1
+            self.open_pulls.remove(sent)
+            self.told = (list(self.cancel), self.drain)
             return {"tasks": tasks, "cancel": list(self.cancel), "drain": self.drain, "next_seconds": 0}
 
     def _is_over(self, pull: dict) -> bool:
-        """The server was stopped, or the process that pulls was followed by another."""
-        return self._server.socket.fileno() < 0 or pull["boot_id"] != self.registers[-1]["boot_id"]
+        """The server was stopped, the process that pulls was followed by another, or its listening by its asking."""
+        if self._server.socket.fileno() < 0 or pull["boot_id"] != self.registers[-1]["boot_id"]:
+            return True
+        return pull["limit"] == "0" and any(other["limit"] != "0" for other in self.open_pulls)
 
     def _report(self, sent: dict) -> Any:
         with self.changed:

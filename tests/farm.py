@@ -183,10 +183,12 @@ class Master(Program):
 class Worker(Program):
     """A real worker of that master."""
 
-    def __init__(self, master_url: str, folder: Path, device_id: str = "shop-1", **settings: Any) -> None:
+    def __init__(
+        self, master_url: str, folder: Path, device_id: str = "shop-1", script: str = "worker.py", **settings: Any
+    ) -> None:
         self.device_id = device_id
         super().__init__(
-            "worker.py",
+            script,
             folder,
             {
                 "mode": "worker",

@@ -8,6 +8,7 @@ import json
 import re
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -24,11 +25,13 @@ import api
 import export
 import openapi
 import reads
+import settings
 
 PREFIX = "/api/distribution"
 KEY = "correct-horse-battery-staple-of-a-test"
 CHINESE = "数据/同步 a%2Fb?x=1#y"
 PUBLIC = {"POST /login", "POST /logout", "GET /", "GET /static/{file}", "GET /healthz", "GET /readyz"}
+PUBLIC |= {"GET /edge/worker.pyz", "GET /edge/worker.pyz.sha256"}  # no secret in it, and no key on a command line
 
 
 class NoHandlers:
@@ -418,12 +421,16 @@ def test_a_device_registers_beats_is_listed_and_goes(master: Master) -> None:
     assert first["created"] and not master.register(device_id)["created"]
     master.register(device_id, tags=["t"], device_name="收银台")
     info = {"os": "Linux"}
-    beat = master.beat(device_id, cpu_usage=12.5, memory_usage=50, disk_usage=1, active_tasks=0, system_info=info)
+    facts = {"problem": "spool_full", "clock": time.time() - 3600}
+    beat = master.beat(
+        device_id, cpu_usage=12.5, memory_usage=50, disk_usage=1, active_tasks=0, system_info=info, **facts
+    )
     assert shaped(beat, openapi.HeartbeatOut) == {"cancel": [], "drain": False, "next_seconds": 30.0}
     listed = shaped(master.get("/devices?tag=t&status=online"), openapi.DevicesOut)["devices"]
     found = next(entry for entry in listed if entry["device_id"] == device_id)
     assert (found["device_name"], found["cpu_usage"], found["system_info"]) == ("收银台", 12.5, info)
     assert found["ip_address"] == "127.0.0.1"
+    assert found["problem"] == "spool_full" and -3605 < found["clock_skew_seconds"] < -3595
     stats = shaped(master.get(f"/devices/{device_id}/stats"), openapi.DeviceStatsOut)
     assert len(stats["heartbeats"]) == 1 and len(stats["last_hour"]) == 60
     problem(master.api("DELETE", f"/devices/{device_id}"), 409, "device_online", "device_id")
@@ -583,7 +590,7 @@ def test_overview_and_stats_count_what_there_is(master: Master, device: str, bat
 
 
 def test_health_readiness_and_metrics(master: Master, batch: str) -> None:
-    assert master.session.get(f"{master.url}/healthz").json() == {"status": "ok"}
+    assert master.session.get(f"{master.url}/healthz").json() == {"status": "ok", "protocol": settings.PROTOCOL}
     assert master.session.get(f"{master.url}/readyz").json() == {"status": "ready"}
     response = master.session.get(f"{master.url}/metrics")
     assert response.headers["Content-Type"].startswith("text/plain; version=0.0.4")
@@ -722,7 +729,9 @@ def test_without_monitoring_no_figure_of_a_machine_is_kept(programs: list[Progra
 @pytest.fixture(scope="module")
 def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Master]:
     """A master with a key."""
-    master = Master(tmp_path_factory.mktemp("locked"), api_key=KEY)
+    folder = tmp_path_factory.mktemp("locked")
+    (folder / "worker.pyz").write_bytes(b"a whole device")
+    master = Master(folder, api_key=KEY, worker_file=str(folder / "worker.pyz"))
     yield master
     master.kill()
 
@@ -733,7 +742,7 @@ def bare(master: Master, method: str, path: str, **options: Any) -> requests.Res
 
 
 def some_path(prefix: str, operation: openapi.Operation) -> str:
-    names = {"device_id": "shop-1", "task_id": "1", "name": "b", "file": "app.js"}
+    names = {"device_id": "shop-1", "task_id": "1", "artifact_id": "1", "name": "b", "file": "app.js"}
     return prefix + re.sub(r"\{(\w+)\}", lambda found: names[found[1]], operation.path)
 
 

@@ -92,7 +92,7 @@ class StandIn:
         for task in [t for t in self.tasks if t["batch"] == batch and t["status"] == "pending"][:pieces]:
             if not self.works:
                 return
-            outcome = task_executor.run(CrawlExecutor(), task)
+            outcome = task_executor.run(CrawlExecutor(), task, settings={"crawl_allow_networks": ["127.0.0.0/8"]})
             task.update(status=outcome.outcome, result=outcome.result, error_message=outcome.error_message)
             for child in outcome.new_tasks:
                 limit = child.get("max_batch_tasks")

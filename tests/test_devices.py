@@ -111,6 +111,42 @@ def test_an_overtaken_beat_changes_nothing(world: World) -> None:
     assert device(world)["cpu_usage"] == 60.0
 
 
+def test_a_sign_of_life_keeps_a_device_online_and_says_nothing_about_its_tasks(world: World) -> None:
+    delivered, running = world.submit(), world.submit()
+    world.take()
+    world.take(start=True)
+    world.beat(problem="spool_full", cpu_usage=50.0)
+    for _ in range(5):
+        world.now += 200
+        beat = devices.Beat("boot-1", 0, None)
+        assert world.store.write(devices.beat, world.presence, "shop-1", beat, keep_history=True) == ([], "active")
+        assert world.store.write(devices.release_silent, world.presence, 300.0) == 0
+    assert (world.row(delivered)["status"], world.row(running)["status"]) == ("assigned", "running")
+    seen = device(world)
+    assert (seen["last_heartbeat_at"], seen["problem"], seen["cpu_usage"]) == (world.now, "spool_full", 50.0)
+    assert len(world.rows("SELECT id FROM af_device_heartbeat")) == 1
+
+
+def test_a_beat_without_holding_keeps_its_figures_and_releases_nothing(world: World) -> None:
+    task_id = world.submit()
+    world.take(start=True)
+    for _ in range(3):
+        world.now += 30
+        world.beat(holding=None, cpu_usage=30.0)
+    assert world.row(task_id)["status"] == "running" and device(world)["cpu_usage"] == 30.0
+
+
+def test_a_devices_problem_and_clock_are_those_of_its_last_beat_and_process(world: World) -> None:
+    world.register()
+    world.wall_offset = 100.0
+    world.beat(problem="spool_unwritable", clock=world.now + 100 - 7200.04)
+    assert (device(world)["problem"], device(world)["clock_skew_seconds"]) == ("spool_unwritable", -7200.0)
+    world.register(boot_id="boot-2")
+    assert device(world)["problem"] is None
+    world.beat()
+    assert (device(world)["problem"], device(world)["clock_skew_seconds"]) == (None, None)
+
+
 def test_a_new_process_releases_at_once_what_it_does_not_hold(world: World) -> None:
     kept, lost = world.submit(), world.submit()
     world.register()

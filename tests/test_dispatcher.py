@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from world import World
@@ -12,6 +13,7 @@ from world import World
 import db
 import devices
 import reasons
+from dispatcher import Reply
 from reads import Reads
 
 
@@ -192,6 +194,133 @@ def test_a_cancelled_task_reaches_its_device_with_the_open_pull(world: World) ->
     world.store.write(db.cancel, task_id)
     puller.join(15)
     assert replies[0].cancel == [delivery.assignment_id]
+
+
+class HeldPull(threading.Thread):
+    """A pull that is held in a thread of its own; `reply` is there when it has ended."""
+
+    def __init__(self, world: World, limit: int, **more: Any) -> None:
+        super().__init__(daemon=True)
+        self.world, self.limit, self.more = world, limit, more
+        self.reply: Reply | None = None
+        asks = world.dispatcher._asks
+        before = asks.get("shop-1")
+        self.start()
+        until = time.monotonic() + 5
+        while self.is_alive() and (asks.get("shop-1") in (None, before) or world.dispatcher.held_polls == 0):
+            assert time.monotonic() < until
+            time.sleep(0.001)
+
+    def run(self) -> None:
+        self.reply = self.world.dispatcher.pull("shop-1", "boot-1", self.limit, 20.0, **self.more)
+
+    def ended(self) -> Reply:
+        self.join(5)
+        assert self.reply is not None, "it is still held"
+        return self.reply
+
+
+def test_a_pull_with_limit_0_is_held_and_is_no_candidate(world: World) -> None:
+    world.register()
+    listening = HeldPull(world, 0)
+    task_id = world.submit()
+    assert listening.is_alive() and world.dispatcher.held_polls == 1
+    assert not world.dispatcher.is_asking("shop-1")
+    assert world.row(task_id)["status"] == "pending"
+    assert [task.id for task in world.pull(limit=1)] == [task_id]
+    assert listening.ended().tasks == []
+
+
+def test_a_pull_that_a_device_left_behind_gets_nothing(world: World) -> None:
+    """The last beat may overtake the pull that would have taken the open one back."""
+    world.register()
+    HeldPull(world, limit=1)
+    world.beat(is_leaving=True)
+    task_id = world.submit()
+    assert world.row(task_id)["status"] == "pending"
+    world.register("shop-2")
+    assert [task.id for task in world.pull("shop-2")] == [task_id]
+
+
+def test_a_full_device_hears_of_a_drain_and_of_its_end_at_once(world: World) -> None:
+    world.register()
+    for wanted, drain in (("draining", True), ("active", False)):
+        listening = HeldPull(world, 0)
+        world.store.write(devices.set_wanted, "shop-1", wanted, None)
+        assert listening.ended().drain is drain
+
+
+def test_a_drain_that_came_while_no_pull_was_open_is_said_by_the_next_one(world: World) -> None:
+    world.register()
+    for wanted, drain in (("draining", True), ("active", False)):
+        world.store.write(devices.set_wanted, "shop-1", wanted, None)
+        assert HeldPull(world, 0).ended().drain is drain
+        held = HeldPull(world, 0)  # said once: the next one is held
+        assert held.is_alive()
+        world.dispatcher.stop()
+        world.dispatcher._stopping = False
+        assert held.ended().drain is drain
+
+
+def test_whatever_ends_a_pull_of_a_draining_device_it_says_drain(world: World) -> None:
+    world.submit()
+    task = world.take(start=True)
+    world.store.write(devices.set_wanted, "shop-1", "draining", None)
+    assert world.dispatcher.pull("shop-1", "boot-1", 0, 0.0).drain
+    assert world.dispatcher.pull("shop-1", "boot-1", 0, 0.05).drain
+    listening = HeldPull(world, 0)
+    newer = HeldPull(world, 0)
+    assert listening.ended().drain
+    world.store.write(db.cancel, task.id)
+    assert (newer.ended().cancel, newer.ended().drain) == ([task.assignment_id], True)
+
+
+def test_a_listening_pull_that_comes_late_does_not_end_the_one_that_asks_for_tasks(world: World) -> None:
+    world.register()
+    asking = HeldPull(world, 1, seq=1, ack=0)
+    assert world.dispatcher.pull("shop-1", "boot-1", 0, 20.0).tasks == []  # at once
+    task_id = world.submit()
+    assert [task.id for task in asking.ended().tasks] == [task_id]
+
+
+def test_a_numbered_pull_that_was_overtaken_ends_nothing_and_gets_nothing(world: World) -> None:
+    world.register()
+    asking = HeldPull(world, 1, seq=7, ack=5)
+    world.dispatcher.pull("shop-1", "boot-1", 1, 20.0, seq=6, ack=5)
+    task_id = world.submit()
+    assert [task.id for task in asking.ended().tasks] == [task_id]
+    world.submit()
+    assert world.pull(limit=1, seq=6, ack=5) == []  # its number would count as received with the next ack
+    assert len(world.pull(limit=1, seq=8, ack=7)) == 1
+
+
+def test_a_listening_pull_neither_acknowledges_nor_repeats_a_delivery(world: World) -> None:
+    world.register()
+    world.submit()
+    lost = world.pull(limit=1, seq=1, ack=0)
+    assert HeldPull(world, 0).is_alive()
+    assert world.attempt(lost[0].assignment_id)["delivered_at"] is None
+    assert world.pull(limit=1, seq=2, ack=0) == lost
+
+
+def test_a_device_that_counts_anew_after_it_registered_is_served(world: World) -> None:
+    world.register()
+    world.submit()
+    world.pull(limit=0, seq=9, ack=0)
+    world.dispatcher.forget_pulls("shop-1")
+    assert len(world.pull(limit=1, seq=1, ack=0)) == 1
+
+
+def test_a_pull_with_limit_0_counts_among_the_held_ones(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.dispatcher._max_held_polls = 1
+    world.register()
+    listening = HeldPull(world, 0)
+    world.register("shop-2")
+    assert world.dispatcher.pull("shop-2", "boot-1", 1, 20.0).next_seconds > 0
+    world.dispatcher.stop()
+    listening.ended()
+    world.close()
 
 
 def test_a_pull_of_an_unknown_device_is_refused(world: World) -> None:

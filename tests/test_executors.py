@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import logging
@@ -106,7 +107,7 @@ def test_an_error_is_retried_and_its_traceback_is_in_the_log_tail() -> None:
 
 
 def test_retry_do_not_retry_and_snooze_mean_what_they_say() -> None:
-    retry = run(raising(Retry("busy", after_seconds=90)))
+    retry = run(raising(Retry("busy", after=90)))
     assert (retry.outcome, retry.retry, retry.retry_after_seconds) == ("failed", True, 90.0)
     never = run(raising(DoNotRetry("url is missing")))
     assert (never.outcome, never.retry, never.error_message) == ("failed", False, "url is missing")
@@ -212,7 +213,7 @@ def test_the_context_carries_task_cancellation_progress_and_deadline() -> None:
     def work(_: Any) -> dict[str, Any]:
         context = task_executor.current()
         now[0] = 104.0
-        seen.update(id=context.task["id"], cancelled=context.is_cancelled(), left=context.deadline_seconds)
+        seen.update(id=context.task["id"], cancelled=context.cancelled, left=context.deadline_seconds)
         for fraction in (0.5, 7.0, math.nan):
             context.progress(fraction, "half")
         return {}
@@ -235,6 +236,123 @@ def test_outside_of_a_task_there_is_no_context() -> None:
     run(lambda _: {})
     with pytest.raises(RuntimeError, match="no task is running"):
         _ = Calling(None).context
+
+
+TOKEN = "token-that-nobody-may-read-9d2f"
+SETTINGS = {"device_id": "shop-7", "api_key": "key-of-the-device", "credentials": {"af": TOKEN, "pin": "1234"}}
+
+
+def test_the_settings_are_seen_without_what_is_secret() -> None:
+    def work(_: Any) -> dict[str, Any]:
+        context = task_executor.current()
+        with pytest.raises(TypeError):
+            context.settings["device_id"] = "other"  # type: ignore[index]
+        return {**context.settings}
+
+    outcome = task_executor.run(Calling(work), {"id": 1}, settings=SETTINGS)
+    assert outcome.result == {"device_id": "shop-7"}
+
+
+def test_a_credential_reaches_the_executor_and_nobody_else(caplog: pytest.LogCaptureFixture) -> None:
+    seen: list[str] = []
+    progress: list[Any] = []
+
+    def work(_: Any) -> Result:
+        token = task_executor.current().credential("af")
+        seen.append(token)
+        print("printed", token, "key-of-the-device")
+        print(token[:9], token[9:], sep="")
+        logging.getLogger("mine").warning("logged %s", token)
+        task_executor.current().progress(0.5, f"with {token}")
+        result = {"list": [token, {token: 1}], "url": f"https://x/?t={token}&pin=1234"}
+        return Result(result, new_tasks=[{"task_data": {"token": token}}])
+
+    with captured():
+        outcome = task_executor.run(
+            Calling(work), {"id": 1}, settings=SETTINGS, report_progress=lambda *said: progress.append(said)
+        )
+    assert seen == [TOKEN]
+    assert outcome.result == {"list": ["***", {"***": 1}], "url": "https://x/?t=***&pin=1234"}
+    assert outcome.new_tasks == [{"task_data": {"token": "***"}, "parent_id": 1}]
+    assert outcome.log_tail == "printed *** ***\n***\nWARNING mine logged ***\n"
+    assert progress == [(0.5, "with ***")]
+    assert all(TOKEN not in message for message in caplog.messages if "printed" in message)
+
+
+def test_the_password_of_the_proxy_is_hidden() -> None:
+    settings = {"crawl_proxy": "http://shop:long-word@proxy.example.org:3128"}
+    outcome = task_executor.run(Calling(raising(ValueError("407 for shop:long-word"))), {"id": 1}, settings=settings)
+    assert outcome.error_message == "407 for shop:***"
+
+
+@pytest.mark.parametrize(
+    ("secret", "spelt"),
+    [("a+b/c d", "a%2Bb%2Fc%20d"), ('quote"quote', 'quote\\"quote'), ("密码密码密码", "%E5%AF%86%E7%A0%81" * 3)],
+)
+def test_a_credential_is_hidden_in_every_spelling(secret: str, spelt: str) -> None:
+    settings = {"credentials": {"af": secret}}
+    outcome = task_executor.run(Calling(raising(ValueError(f"<{secret}|{spelt}>"))), {"id": 1}, settings=settings)
+    assert outcome.error_message == "<***|***>"
+    assert secret not in outcome.log_tail and "<***|***>" in outcome.log_tail
+
+
+def test_half_a_credential_is_not_left_where_a_text_is_cut() -> None:
+    longest = task_executor.ERROR_MESSAGE_CHARACTERS
+    error = ValueError("x" * (longest - 10) + TOKEN)
+    outcome = task_executor.run(Calling(raising(error)), {"id": 1}, settings=SETTINGS)
+    assert outcome.error_message == "x" * (longest - 10) + "***"
+    with captured():
+        work = lambda _: print(TOKEN + "y" * (task_executor.LOG_TAIL_BYTES - 10)) or {}  # noqa: E731
+        tail = task_executor.run(Calling(work), {"id": 1}, settings=SETTINGS).log_tail
+    assert TOKEN[-9:] not in tail and tail.startswith("***y")
+
+
+@pytest.mark.parametrize("settings", [None, {}, {"credentials": {}}, SETTINGS])
+def test_a_credential_that_is_not_there_ends_the_task_with_a_sentence(settings: Any) -> None:
+    work = lambda _: task_executor.current().credential("other")  # noqa: E731
+    outcome = task_executor.run(Calling(work), {"id": 1}, settings=settings)
+    assert (outcome.retry, outcome.error_type) == (False, "DoNotRetry")
+    assert "no credential 'other'" in (outcome.error_message or "") and "config" in (outcome.error_message or "")
+
+
+def test_artifacts_are_named_with_size_and_checksum_when_the_task_completes(tmp_path: Path) -> None:
+    folder = tmp_path / "files"
+
+    def work(task_data: dict[str, Any]) -> dict[str, Any]:
+        context = task_executor.current()
+        context.artifact("a.csv").write_bytes(b"1,2")
+        context.artifact("b.gz").write_bytes(b"")
+        context.artifact("never-written")
+        assert context.artifact("a.csv") == folder / "a.csv"
+        (folder / "by-the-way").write_text("not asked for")
+        return {} if task_data["completes"] else None  # type: ignore[return-value]
+
+    def run_it(completes: bool) -> Outcome:
+        task = {"id": 1, "task_data": {"completes": completes}}
+        return task_executor.run(Calling(work), task, artifact_folder=folder)
+
+    outcome = run_it(True)
+    assert outcome.artifacts == [
+        {"name": "a.csv", "bytes": 3, "sha256": hashlib.sha256(b"1,2").hexdigest()},
+        {"name": "b.gz", "bytes": 0, "sha256": hashlib.sha256().hexdigest()},
+    ]
+    assert outcome.as_report(5, "lease")["artifacts"] == outcome.artifacts
+    assert run_it(False).artifacts == []
+    assert run(lambda _: {}).artifacts == []
+
+
+def test_an_artifact_that_was_asked_for_and_not_written_leaves_no_folder(tmp_path: Path) -> None:
+    work = lambda _: {"path": str(task_executor.current().artifact("a.csv"))}  # noqa: E731
+    outcome = task_executor.run(Calling(work), {"id": 1}, artifact_folder=tmp_path / "files")
+    assert (outcome.outcome, outcome.artifacts) == ("completed", []) and not (tmp_path / "files").exists()
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../a", "a b", "名", "x" * 101, "a\n"])
+def test_an_artifact_cannot_be_named_out_of_its_folder(tmp_path: Path, name: Any) -> None:
+    work = lambda _: str(task_executor.current().artifact(name))  # noqa: E731
+    outcome = task_executor.run(Calling(work), {"id": 1}, artifact_folder=tmp_path / "files")
+    assert (outcome.retry, outcome.error_type) == (False, "DoNotRetry")
+    assert "cannot be named" in (outcome.error_message or "") and not (tmp_path / "files").exists()
 
 
 # --- what it prints and logs
@@ -360,7 +478,7 @@ def test_the_shipped_executors_are_found_and_one_that_fails_to_import_harms_no_o
     exiting = write(tmp_path, "exiting.py", "raise SystemExit(1)\n")
     good = write(tmp_path, "good.py", GUIDE)
     executors = task_executor.load_executors([broken, str(tmp_path / "missing.py"), exiting, good])
-    assert sorted(executors) == ["crawl", "custom_task", "echo"]
+    assert set(executors) == {"custom_task", *task_executor.load_executors()} > {"crawl", "echo"}
     for name in ("broken.py", "missing.py", "exiting.py"):
         assert any(name in message for message in caplog.messages)
 
@@ -389,16 +507,20 @@ class BadTag(Base):
     tags = ("has space",)
     def __init__(self): super().__init__("bad_tag")
     def execute_task(self, task_data): return {}
+class Elsewhere(Base):
+    isolation = "cloud"
+    def __init__(self): super().__init__("elsewhere")
+    def execute_task(self, task_data): return {}
 class Good(Base):
     tags = ("china", "fast")
     def __init__(self): super().__init__("good")
     def execute_task(self, task_data): return {}
 """
     executors = task_executor.load_executors([write(tmp_path, "mixed.py", text)])
-    assert sorted(executors) == ["crawl", "echo", "good"]
+    assert set(executors) == {"good", *task_executor.load_executors()}
     assert {"china", "fast"} <= set(task_executor.device_tags(executors))
     assert "pip install no_such_module_here" in caplog.text
-    for name in ("NeedsArgument", "Unnamed", "Spaced", "BadTag"):
+    for name in ("NeedsArgument", "Unnamed", "Spaced", "BadTag", "Elsewhere"):
         assert f"left off {name}" in caplog.text
 
 
@@ -413,6 +535,22 @@ class Mine(TaskExecutor):
 """
     executors = task_executor.load_executors([write(tmp_path, "mine.py", text)])
     assert task_executor.run(executors["echo"], {"id": 1}).result == {"answer": 42}
+
+
+def test_two_extra_files_of_one_name_are_both_there(tmp_path: Path) -> None:
+    files = []
+    for kind in ("one", "two"):
+        (tmp_path / kind).mkdir()
+        files.append(write(tmp_path / kind, "mine.py", GUIDE.replace("custom_task", kind)))
+    executors = task_executor.load_executors(files)
+    assert {"one", "two"} <= set(executors)
+    assert sys.modules[type(executors["one"]).__module__].__file__ == files[0]
+
+
+def test_ours_keep_their_own_time_limits_and_a_users_executor_has_a_process_of_its_own(tmp_path: Path) -> None:
+    executors = task_executor.load_executors([write(tmp_path, "mine.py", GUIDE)])
+    assert executors["custom_task"].isolation == "process"
+    assert executors["echo"].isolation == executors["crawl"].isolation == "thread"
 
 
 # --- echo

@@ -29,30 +29,36 @@ HOUSE: dict[str, tuple[str, str]] = {
     "dispatcher": ("db devices schema store strategies transaction writer", "dispatch knows no HTTP and no schedule"),
     "scheduler": ("schedule db devices dispatcher store transaction", "what time does knows no HTTP"),
     "events": ("transaction", "telling what happened changes nothing"),
+    "edge": ("", "what a device downloads is a file, no matter of routes"),
     "export": ("msgspec", "a file format is no matter of routes or tables"),
     "metrics": ("prometheus_client reads", "one home for Prometheus"),
     "openapi": ("msgspec values", "the document is made from types, not from handlers"),
-    "web": ("bottle access devices openapi reads strategies wire writer", "one home for bottle"),
+    "artifacts": ("db reads store transaction writer", "where files lie is no matter of routes"),
+    "web": ("bottle access artifacts devices openapi reads strategies wire writer", "one home for bottle"),
     "api": (
-        "msgspec access db devices dispatcher events export metrics openapi reads reasons settings store strategies"
-        " transaction web wire",
+        "msgspec access artifacts db devices dispatcher edge events export metrics openapi reads reasons settings store"
+        " strategies transaction values web wire",
         "routes are thin; they never run tasks or talk to other servers",
     ),
     "server": ("granian", "how the app meets the network is no matter of the app"),
     "master": (
-        "access api clock devices dispatcher events metrics reads scheduler server settings store strategies"
+        "access api artifacts clock devices dispatcher edge events metrics reads scheduler server settings store strategies"
         " transaction web",
         "an outline of the master; never a worker's or an executor's",
     ),
     "worker": ("settings executors", "it is copied to machines that have nothing else"),
-    "standalone": ("settings demo", "it starts the same programs as in production and never opens the database"),
-    "demo": ("requests settings", "it uses the public API only"),
+    "standalone": ("client demo settings", "it starts the same programs as in production and never opens the database"),
+    "demo": ("client demo_site settings", "it uses the public API only"),
+    "demo_site": ("", "it renders in child processes that see nothing else, and knows nothing of tasks"),
     "client": ("requests settings", "a command uses the public API only"),
     "task_files": ("client settings", "what a file of tasks says is no matter of HTTP"),
     "main": ("client settings task_files tqdm", "each mode is imported by its name when it is asked for"),
 }
 DEVICE = ("requests psutil settings executors", "a device has no peewee, no bottle and no schedule")
-EXECUTORS = ("requests urllib3 parsel cssselect executors", "an edge machine has no peewee, no bottle and no schedule")
+EXECUTORS = (
+    "requests urllib3 charset_normalizer protego parsel lxml cssselect jmespath executors",
+    "an edge machine has no peewee, no bottle and no schedule",
+)
 
 
 def imports_of(path: Path) -> set[str]:
@@ -105,4 +111,4 @@ def test_the_dashboard_talks_to_the_public_api_only() -> None:
 
 def test_no_file_of_the_house_is_named_for_nothing() -> None:
     vague = {"utils", "util", "common", "helpers", "helper", "core", "models", "manager", "misc"}
-    assert not vague & {path.stem for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
+    assert not vague & {path.stem for path in ROOT.rglob("*.py") if not path.relative_to(ROOT).parts[0].startswith(".")}

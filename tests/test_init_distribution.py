@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import artifacts
 import settings
 import store
 from settings import MODES, ROOT, ExitCode
@@ -158,6 +159,16 @@ def test_a_reset_backs_up_says_where_and_starts_afresh(place: Place) -> None:
     assert mark_in(backup) == "of the old one" and mark_in(place.database) is None
     store.check_database(place.database)
     assert backup.parent == place.database.parent and place.keys() == keys
+
+
+def test_a_reset_moves_the_files_of_tasks_to_the_backup(place: Place) -> None:
+    place.run()
+    folder = artifacts.folder_of(place.database)
+    folder.mkdir()
+    (folder / "a-file").write_bytes(b"of a task")
+    assert place.run("--reset", "--yes").returncode == 0
+    (backup,) = [path for path in place.backups() if path.is_file()]
+    assert (artifacts.folder_of(backup) / "a-file").read_bytes() == b"of a task" and not folder.exists()
 
 
 def test_a_backup_holds_what_a_killed_master_left_in_the_write_ahead_log(place: Place) -> None:

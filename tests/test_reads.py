@@ -433,7 +433,7 @@ def test_the_document_describes_the_rows_that_come_out(filled: Fleet) -> None:
     task = filled.reads.task(1)
     assert task is not None
     assert set(filled.reads.task_page({})["tasks"][0]) == fields(openapi.TaskOut)
-    assert {*task, "waiting"} == fields(openapi.TaskDetailOut)
+    assert {*task, "waiting", "artifacts"} == fields(openapi.TaskDetailOut)
     assert set(task["attempts"][0]) == fields(openapi.AttemptOut)
     assert set(filled.reads.devices(filled.now, 300)[0]) == fields(openapi.DeviceOut)
     stats = filled.reads.device_stats("d1", filled.now, 300)

@@ -65,7 +65,7 @@ def test_the_guides_keys_and_defaults_are_the_defaults() -> None:
 def test_every_key_has_a_sentence_a_known_type_and_a_range_where_it_is_a_number() -> None:
     for setting in SETTINGS:
         assert setting.sentence.endswith("."), setting.name
-        assert setting.type in ("str", "int", "float", "bool", "tuple[str, ...]"), setting.name
+        assert setting.type in ("str", "int", "float", "bool", "tuple[str, ...]", "dict[str, str]"), setting.name
         assert ((setting.minimum is not None) and (setting.maximum is not None)) == (setting.type in ("int", "float"))
 
 
@@ -121,16 +121,20 @@ VALUES: dict[str, tuple[str, object]] = {
     "float": ("2.5", 2.5),
     "bool": ("false", False),
     "tuple[str, ...]": ("one,two", ("one", "two")),
+    "dict[str, str]": ('{"acme": "t0ken-of-a-test"}', {"acme": "t0ken-of-a-test"}),
 }
 OWN_TEXTS = {
     "mode": "standalone",
     "master_url": "http://10.0.0.1:9000",
+    "appsflyer_url": "http://127.0.0.1:9001",
+    "crawl_proxy": "http://127.0.0.1:9002",
     "load_balance_strategy": "mine:Choice",
     "log_level": "DEBUG",
     "log_console_level": "ERROR",
 }
 SMALL = ["concurrent_tasks", "max_retry_count", "log_backup_count", "heartbeat_retention_days", "give_up_days"]
-OWN_NUMBERS = dict.fromkeys([*SMALL, "max_event_streams"], "7")
+OWN_NUMBERS = dict.fromkeys([*SMALL, "max_event_streams", "crawl_host_connections"], "7")
+NETWORKS = ("10.0.0.0/8", "fd00::/8")
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
@@ -138,6 +142,8 @@ def test_every_key_can_be_set_by_its_variable(setting: settings.Setting) -> None
     text, expected = VALUES[setting.type]
     text = {**OWN_TEXTS, **OWN_NUMBERS}.get(setting.name, text)
     expected = OWN_TEXTS.get(setting.name, int(text) if setting.name in OWN_NUMBERS else expected)
+    if setting.name == "crawl_allow_networks":
+        text, expected = ",".join(NETWORKS), NETWORKS
     if setting.is_path:
         paths = [str(ROOT / part) for part in (expected if isinstance(expected, tuple) else (expected,))]
         expected = tuple(paths) if setting.type.startswith("tuple") else paths[0]
@@ -225,6 +231,14 @@ WRONG = [
     ("tags", [1], "write a list"),
     ("tags", ["a b"], "64 tags"),
     ("pull_wait_seconds", 26, "from 0 to 25"),
+    ("credentials", ["acme"], 'for instance {"name": "token"}'),
+    ("credentials", {"acme": 7}, 'for instance {"name": "token"}'),
+    ("credentials", {"": "t0ken-of-a-test"}, "names of 1 to 128"),
+    ("credentials", {"acme": "short"}, 'the token of "acme" must be 8 to 8192'),
+    ("credentials", {"acme": "two words in it"}, "without spaces"),
+    ("credentials", {"acme": "your-token-here"}, "is an example"),
+    ("appsflyer_url", "http://hq1.appsflyer.com", "write https://"),
+    ("appsflyer_url", "https://hq1.appsflyer.com/api", "write https://HOST"),
 ]
 
 
@@ -407,6 +421,17 @@ def test_the_settings_of_a_process_do_not_show_the_key_when_printed() -> None:
     assert KEY not in repr(load(environ={"AF_API_KEY": KEY}))
 
 
+def test_a_credential_is_shown_nowhere_not_even_where_it_is_wrong(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = write(tmp_path, {"credentials": {"acme": KEY}})
+    code, out, _ = ended(capsys, "worker", ["--config", str(path), "--device-id", "a", "--show-config"])
+    assert code == ExitCode.OK and KEY not in out and "credentials = (hidden)" in out
+    assert KEY not in repr(load("worker", config_path=path, starting=False))
+    assert KEY not in refusal("worker", environ={"AF_CREDENTIALS": KEY})
+    assert KEY not in refusal("worker", config_path=write(tmp_path, {"credentials": {"acme": KEY + " x"}}))
+
+
 def test_it_runs_on_python_3_9_with_nothing_but_the_standard_library(tmp_path: Path) -> None:
     """The oldest Python on this machine that pyenv has; without one only this one's standard library is tried."""
     shutil.copy(ROOT / "settings.py", tmp_path)
@@ -497,6 +522,13 @@ def test_the_key_never_reaches_the_log_in_a_message_or_a_traceback(
     assert KEY not in text and "Bearer *** was refused" in text and "with key ***" in text
 
 
+def test_a_credential_never_reaches_the_log(log_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logged(log_file, mode="worker", credentials={"acme": KEY})
+    logging.getLogger("x").warning("with token %s", KEY)
+    text = log_file.read_text(encoding="utf-8") + capsys.readouterr().err
+    assert KEY not in text and "with token ***" in text
+
+
 def test_a_second_set_up_replaces_the_first(log_file: Path) -> None:
     logged(log_file)
     logged(log_file)
@@ -544,3 +576,21 @@ def test_two_processes_that_share_a_rotating_log_lose_no_record(tmp_path: Path) 
     assert set(re.findall(r"record (\w+-\d+)\.", text)) == {
         f"{name}-{n}" for name in ("one", "two") for n in range(2000)
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("crawl_allow_networks", "lan"),
+        ("crawl_allow_networks", "10.0.0.1/8"),
+        ("crawl_allow_networks", "10.0.0.0/33"),
+        ("crawl_proxy", "socks5://127.0.0.1:1080"),
+        ("crawl_proxy", "127.0.0.1:3128"),
+        ("crawl_proxy", "http://127.0.0.1:3128/path"),
+        ("crawl_user_agent", " x"),
+        ("crawl_user_agent", "a\u4e2d"),
+    ],
+)
+def test_a_crawl_setting_that_cannot_work_stops_the_start(name: str, value: str) -> None:
+    with pytest.raises(SettingsError, match=f"{name}.*write"):
+        load("worker", environ={f"AF_{name.upper()}": value}, starting=False)

@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 from farm import ROOT
+from peewee import OperationalError, SqliteDatabase
 from world import World
 
 import db
 import schema
 import store
 from store import DatabaseInUse, DatabaseNewer, DatabaseRefused
-from transaction import Note, Tx
+from transaction import Note, Policy, Tx
 from writer import StorageFailing
 
 
@@ -106,6 +107,47 @@ def test_a_newer_database_says_which_version_it_needs(path: Path) -> None:
     error = refusal(path)
     assert isinstance(error, DatabaseNewer) and error.exit_code == 6
     assert f"schema {schema.SCHEMA_VERSION + 1}" in str(error)
+
+
+def shape(path: Path) -> dict[str, Any]:
+    """Every table's columns, in any order, and every index."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        rows = connection.execute("SELECT type, name, sql FROM sqlite_master").fetchall()
+        columns = {
+            name: sorted(column[1:] for column in connection.execute(f"PRAGMA table_info({name})"))
+            for kind, name, _ in rows
+            if kind == "table"
+        }
+    return {**columns, **{name: sql for kind, name, sql in rows if kind == "index"}}
+
+
+def test_a_database_of_the_first_release_is_upgraded_and_kept_as_it_was(path: Path, tmp_path: Path) -> None:
+    old = tmp_path / "old.db"
+    with contextlib.closing(sqlite3.connect(old)) as connection:
+        connection.executescript((Path(__file__).parent / "schema_1.sql").read_text())
+        connection.execute("INSERT INTO af_meta VALUES ('instance_id', 'abc')")
+        connection.execute("INSERT INTO af_device (device_id, device_name, registered_at) VALUES ('shop-7', 'Shop', 1)")
+        connection.commit()
+    master = store.Store(old, policy=Policy(), moments=lambda: (1.0, 1.0))
+    master.open()
+    master.close()
+    assert shape(old) == shape(path)
+    assert ask(old, "PRAGMA user_version") == schema.SCHEMA_VERSION
+    assert ask(old, "SELECT device_name FROM af_device") == "Shop"
+    kept = tmp_path / "old.db.schema-1"
+    assert ask(kept, "PRAGMA user_version") == 1 and kept.stat().st_mode & 0o777 == 0o600
+
+
+def test_an_upgrade_that_fails_half_way_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = tmp_path / "old.db"
+    with contextlib.closing(sqlite3.connect(old)) as connection:
+        connection.executescript((Path(__file__).parent / "schema_1.sql").read_text())
+    before = shape(old)
+    monkeypatch.setitem(schema.UPGRADES, schema.SCHEMA_VERSION, schema.UPGRADES[schema.SCHEMA_VERSION] + "; NONSENSE")
+    database = SqliteDatabase(str(old))
+    with database.connection_context(), pytest.raises(OperationalError):
+        schema.upgrade_tables(database, 1)
+    assert shape(old) == before and ask(old, "PRAGMA user_version") == 1
 
 
 def test_a_database_without_its_marker_is_refused(path: Path) -> None:

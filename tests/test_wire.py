@@ -227,6 +227,23 @@ def test_a_usage_figure_out_of_range_is_dropped_and_the_beat_counts(figure: obje
     assert (read.cpu_usage, read.memory_usage, read.disk_usage) == (None, 50.0, None)
 
 
+@pytest.mark.parametrize("clock", [-1, "noon", True, [1], 1e300])
+def test_a_clock_that_is_none_is_dropped_and_the_beat_counts(clock: object) -> None:
+    assert wire.decode(beat(clock=clock), wire.HeartbeatIn).clock is None
+    assert wire.decode(beat(clock=1800000000.5), wire.HeartbeatIn).clock == 1800000000.5
+
+
+def test_a_problem_is_a_short_line_whatever_a_newer_device_says() -> None:
+    assert wire.decode(beat(problem="on_fire\n" + "x" * 100), wire.HeartbeatIn).problem == "on_fire " + "x" * 56
+    assert wire.decode(beat(problem=""), wire.HeartbeatIn).problem is None
+
+
+def test_a_beat_that_says_nothing_about_holding_is_told_from_one_that_holds_nothing() -> None:
+    assert wire.decode(beat(holding=[]), wire.HeartbeatIn).holding == []
+    assert wire.decode(beat(holding=None), wire.HeartbeatIn).holding is None
+    assert wire.decode(b'{"boot_id": "b", "seq": 1}', wire.HeartbeatIn).holding is None
+
+
 def test_a_usage_figure_past_all_floats_is_dropped_too() -> None:
     assert wire.decode(b'{"boot_id": "b", "seq": 1, "cpu_usage": 1e400}', wire.HeartbeatIn).cpu_usage is None
 
@@ -345,7 +362,7 @@ def body_types() -> list[type[wire.Body]]:
 
 @pytest.mark.parametrize("type_", body_types())
 def test_every_text_of_a_body_is_a_name_a_line_or_free_text_that_is_cleaned(type_: type[wire.Body]) -> None:
-    cleaned = {"error_message", "error_type", "reason", "log_tail", "message"}
+    cleaned = {"error_message", "error_type", "reason", "log_tail", "message", "problem"}
     for name, hint in typing.get_type_hints(type_, include_extras=True).items():
         info = msgspec.inspect.type_info(hint) if name in type_.__struct_fields__ else None
         shapes = info.types if isinstance(info, msgspec.inspect.UnionType) else (info,)

@@ -18,13 +18,12 @@ import requests
 from fake_master import Answer, Dripping, FakeMaster, captive_portal, problem
 
 import worker
-from executors.device import link, machine, reports
+from executors.device import link, machine, pulls, reports
 from executors.device.spool import Spool
 from settings import ExitCode, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "key-that-nobody-may-read-in-a-log-7f3a"
-SHORT_FULL_WAIT = "worker.FULL_WAIT_SECONDS = (0.1, 0.2)"
 EXECUTORS = '''
 import time
 from pathlib import Path
@@ -33,6 +32,8 @@ from executors.task_executor import TaskExecutor
 
 class CountingExecutor(TaskExecutor):
     """Adds a line to a file for each run."""
+
+    isolation = "thread"
 
     def __init__(self):
         super().__init__("counting")
@@ -46,6 +47,8 @@ class CountingExecutor(TaskExecutor):
 class BlockedExecutor(TaskExecutor):
     """Goes on until the file is there, whatever it is told; then says whether it had been cancelled."""
 
+    isolation = "thread"
+
     def __init__(self):
         super().__init__("blocked")
 
@@ -53,24 +56,28 @@ class BlockedExecutor(TaskExecutor):
         print("now it blocks")
         while not Path(task_data["until"]).exists():
             time.sleep(0.01)
-        Path(task_data["until"] + ".cancelled").write_text(str(self.context.is_cancelled()))
+        Path(task_data["until"] + ".cancelled").write_text(str(self.context.cancelled))
         return {"status": "success"}
 
 
 class ObedientExecutor(TaskExecutor):
     """Runs until it is cancelled."""
 
+    isolation = "thread"
+
     def __init__(self):
         super().__init__("obedient")
 
     def execute_task(self, task_data):
-        while not self.context.is_cancelled():
+        while not self.context.cancelled:
             time.sleep(0.01)
         Path(task_data["file"]).write_text("saw it")
         return {"status": "success"}
 
 
 class LargeExecutor(TaskExecutor):
+    isolation = "thread"
+
     def __init__(self):
         super().__init__("large")
 
@@ -79,6 +86,8 @@ class LargeExecutor(TaskExecutor):
 
 
 class BadExecutor(TaskExecutor):
+    isolation = "thread"
+
     def __init__(self):
         super().__init__("bad")
 
@@ -237,15 +246,71 @@ def test_pulls_are_numbered_and_acknowledge_the_last_one_received(master: FakeMa
     assert [(pull["seq"], pull["ack"]) for pull in master.pulls[:3]] == [("1", "0"), ("2", "0"), ("3", "2")]
 
 
-def test_a_full_device_holds_no_pull_and_goes_on_as_soon_as_a_slot_is_free(master: FakeMaster, device: Device) -> None:
+def listens(master: FakeMaster) -> bool:
+    """The pull that is open is the one of a full device."""
+    return [pull["limit"] for pull in master.open_pulls] == ["0"]
+
+
+def test_a_full_device_holds_a_pull_with_limit_0_and_asks_as_soon_as_a_slot_is_free(
+    master: FakeMaster, device: Device
+) -> None:
     first, second = master.give("blocked", {"until": str(device.folder / "go")}), master.give("echo")
     device.start("--concurrent-tasks", "1")
-    master.wait_for(lambda: any(pull["limit"] == "0" for pull in master.pulls), "a pull with limit 0")
+    master.wait_for(lambda: listens(master), "a pull with limit 0")
+    listening = master.pulls[-1]
+    assert listening["wait"] == "20" and "seq" not in listening and "ack" not in listening
     (device.folder / "go").touch()
     master.wait_for_report(first)
     master.wait_for_report(second)
-    assert {pull["wait"] for pull in master.pulls if pull["limit"] == "0"} == {"0"}
-    assert {pull["wait"] for pull in master.pulls if pull["limit"] == "1"} == {"20"}
+    master.wait_for(lambda: [pull["limit"] for pull in master.open_pulls] == ["1"], "the listening to end")
+    assert [pull["seq"] for pull in master.pulls if pull["limit"] == "1"] == ["1", "2", "3"]
+    assert {pull["wait"] for pull in master.pulls} == {"20"}
+
+
+def test_short_tasks_cost_no_pull_with_limit_0(master: FakeMaster, device: Device) -> None:
+    tasks = [master.give("echo") for _ in range(100)]
+    device.start("--concurrent-tasks", "1")
+    for task in tasks:
+        master.wait_for_report(task)
+    assert "0" not in {pull["limit"] for pull in master.pulls}
+
+
+def test_cancel_and_drain_reach_a_full_device_within_a_second(master: FakeMaster, device: Device) -> None:
+    master.settings["next_seconds"] = master.next_seconds = 30  # the heartbeat tells it nothing
+    task = master.give("obedient", {"file": str(device.folder / "saw")})
+    device.start("--concurrent-tasks", "1")
+    master.wait_for(lambda: listens(master), "a pull with limit 0")
+    master.drain = True
+    eventually(lambda: "the master says drain" in device.said, "the drain", seconds=1)
+    master.wait_for(lambda: listens(master), "a pull with limit 0")
+    master.cancel = [task["assignment_id"]]
+    eventually((device.folder / "saw").exists, "the executor to see it", seconds=1)
+    master.wait_for(lambda: listens(master), "a pull with limit 0")
+    later = master.give("echo")
+    master.drain = False
+    master.wait_for_report(later)
+
+
+def test_a_master_that_cannot_hold_the_pull_of_a_full_device_is_not_asked_again_at_once(
+    master: FakeMaster, device: Device
+) -> None:
+    empty = {"tasks": [], "cancel": [], "drain": False, "next_seconds": 0}
+    master.give("blocked", {"until": str(device.folder / "go")})
+    busy = lambda sent: empty if sent["limit"] == "0" else master._pull(sent)  # noqa: E731
+    master.script["pull"].extend(busy for _ in range(1000))
+    device.start("--concurrent-tasks", "1")
+    master.wait_for(lambda: len(master.script["pull"]) <= 996, "three pulls with limit 0")
+    began, left = time.monotonic(), len(master.script["pull"])
+    master.wait_for(lambda: len(master.script["pull"]) <= left - 2, "two more")
+    assert time.monotonic() - began > 0.5
+
+
+def test_a_full_device_that_the_master_forgot_registers_again(master: FakeMaster, device: Device) -> None:
+    master.give("blocked", {"until": str(device.folder / "go")})
+    device.start("--concurrent-tasks", "1", "--pull-wait-seconds", "0.5")
+    master.wait_for(lambda: listens(master), "a pull with limit 0")
+    master.script["pull"].append(problem(404, "unknown_device"))
+    master.wait_for(lambda: len(master.registers) == 2, "the second register")
 
 
 def test_holding_names_a_task_from_delivery_until_its_report_is_acknowledged(
@@ -375,14 +440,16 @@ def test_after_kill_9_what_was_acknowledged_is_not_reported_again(master: FakeMa
 def test_a_full_spool_stops_the_pulls_and_drops_nothing(master: FakeMaster, device: Device) -> None:
     master.script["report"].extend(problem(503, "busy") for _ in range(1000))
     tasks = [master.give("large", {"size": 1500}) for _ in range(8)]
-    device.start("--spool-max-bytes", "4096", "--concurrent-tasks", "1", patch=SHORT_FULL_WAIT)
+    device.start("--spool-max-bytes", "4096", "--concurrent-tasks", "1")
     eventually(lambda: "spool full" in device.said, "the line about the spool")
-    master.wait_for(lambda: master.pulls[-1]["limit"] == "0", "a pull with limit 0")
+    master.wait_for(lambda: listens(master), "a pull with limit 0")
     assert len(master.waiting) > 0
+    master.wait_for(lambda: master.beats[-1]["problem"] == "spool_full", "a beat that says so")
     master.script["report"].clear()
     for task in tasks:
         assert master.wait_for_report(task)["outcome"] == "completed"
     assert "spool has room" in device.said
+    master.wait_for(lambda: master.beats[-1]["problem"] is None, "a beat that says it is over")
 
 
 def test_reports_that_are_stale_or_gone_are_logged_and_leave_the_spool(master: FakeMaster, device: Device) -> None:
@@ -579,7 +646,7 @@ def test_a_device_that_the_master_forgot_registers_again_with_what_it_holds(mast
 
 def test_a_drain_ordered_by_the_master_stops_the_pulls_until_it_is_lifted(master: FakeMaster, device: Device) -> None:
     master.drain = True
-    device.start("--pull-wait-seconds", "0.5", patch=SHORT_FULL_WAIT)
+    device.start("--pull-wait-seconds", "0.5")
     master.wait_for(lambda: master.beats and master.pulls and master.pulls[-1]["limit"] == "0", "limit 0")
     task = master.give("echo")
     assert master.reports_of(task) == []
@@ -628,6 +695,24 @@ def test_a_second_signal_ends_it_at_once(master: FakeMaster, device: Device) -> 
     eventually(lambda: "drain busy=1" in device.said, "the drain")
     device.signal(signal.SIGTERM)
     assert device.wait() == 130
+
+
+def test_a_stop_loses_no_report_of_a_task_that_ends_in_the_same_moment(master: FakeMaster, device: Device) -> None:
+    late = """
+import time
+from executors.device.reports import Reporter
+put = Reporter.put
+def put_later(self, content):
+    time.sleep(0.5)
+    put(self, content)
+Reporter.put = put_later
+"""
+    task = master.give("echo", {"sleep_seconds": 0.5})
+    device.start(patch=late)
+    master.wait_for(lambda: master.is_holding(task, "running"), "its start")
+    device.signal(signal.SIGTERM)
+    assert device.wait() == 0
+    assert [report["outcome"] for report in master.reports_of(task)] == ["completed"]
 
 
 def test_a_stop_does_not_wait_for_the_next_try_to_deliver_what_is_finished(tmp_path: Path) -> None:
@@ -703,6 +788,7 @@ def test_beats_carry_machine_figures_unless_monitoring_is_off(
     assert all(0 <= figure <= 100 for figure in figures)
     assert beat["seq"] == master.beats[-2]["seq"] + 1
     assert beat["boot_id"] == master.registers[0]["boot_id"]
+    assert abs(beat["clock"] - time.time()) < 10 and beat["problem"] is None
     assert beat["system_info"]["worker_version"]
 
 
@@ -731,13 +817,14 @@ def test_the_contract_names_the_numbers_that_the_code_has() -> None:
     text, defaults = " ".join((worker.__doc__ or "").split()), Settings()
     for sentence in (
         f"held up to pull_wait_seconds ({defaults.pull_wait_seconds:g}, at most 25)",
-        "({:g} to {:g} s)".format(*worker.FULL_WAIT_SECONDS),
+        f"Full for {pulls.FULL_SECONDS:g} s",
+        f"task_timeout + {worker.DEPUTY_EXTRA_SECONDS:g} s",
         f"Every heartbeat_interval ({defaults.heartbeat_interval:g} s",
         f"At most {reports.REPORTS_PER_REQUEST} in a request",
         f"has run for {worker.START_REPORT_SECONDS:g} s",
-        f"may go on for {worker.CANCEL_GRACE_SECONDS:g} s",
+        f"{worker.CANCEL_GRACE_SECONDS:g} s later SIGKILL",
         f"Connecting takes at most {link.CONNECT_SECONDS:g} s",
-        f"pull: wait + {worker.PULL_EXTRA_SECONDS:g} s, beat {worker.BEAT_SECONDS:g}, report {reports.REPORT_SECONDS:g}",
+        f"pull: wait + {pulls.PULL_EXTRA_SECONDS:g} s, beat {worker.BEAT_SECONDS:g}, report {reports.REPORT_SECONDS:g}",
         f"{link.LONGEST_BACKOFF_SECONDS:g} s)",
         f"drain_seconds ({defaults.drain_seconds:g})",
         f"flushed ({worker.FLUSH_SECONDS:g} s)",
@@ -760,6 +847,15 @@ def test_waits_grow_have_an_end_and_are_spread_after_an_outage() -> None:
     for a_link._failures in range(2, 12):
         waits.append(a_link._longest_wait(gone))
     assert waits == [2, 4, 8, 16, 32, 60, 60, 60, 60, 60]
+
+
+def test_no_proxy_stands_between_a_device_and_a_master_on_the_same_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    near, far = (
+        link.MasterClient(link.Link(url), Settings(master_url=url))
+        for url in ("http://localhost:8000", "http://master.example.org:8000")
+    )
+    assert (near._session.proxies, far._session.proxies) == ({}, {"http": "http://127.0.0.1:9"})
 
 
 def test_a_log_line_has_no_line_break_of_a_master(master: FakeMaster, device: Device) -> None:

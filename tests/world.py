@@ -63,7 +63,7 @@ class World:
         report = db.Report(task.assignment_id, task.lease_id, outcome, **facts)
         return self.store.write(db.apply_report, device_id, report)
 
-    def beat(self, device_id: str = "shop-1", holding: tuple[devices.Held, ...] = (), **facts: Any) -> list[int]:
+    def beat(self, device_id: str = "shop-1", holding: tuple[devices.Held, ...] | None = (), **facts: Any) -> list[int]:
         """One heartbeat; what the device must cancel."""
         seq = self.beats[device_id] = self.beats.get(device_id, 0) + 1
         heard = devices.Beat(self.boots[device_id], seq, holding, **facts)

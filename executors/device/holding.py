@@ -133,6 +133,10 @@ class Holding:
     def room(self) -> int:
         return max(0, self.slots - self.busy_count)
 
+    def longest_timeout(self, default: float) -> float:
+        """How long may a task that is here now go on? At least the default."""
+        return max([default, *(number(h.task.get("execution_timeout_seconds"), 0, 0, 1e9) for h in self.busy())])
+
     def busy(self) -> list[Held]:
         with self.changed:
             return [held for held in self._held.values() if held.phase in (QUEUED, RUNNING)]

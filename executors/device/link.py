@@ -15,17 +15,20 @@ import socket
 import threading
 import time
 from typing import Any, Callable, Optional, Union
+from urllib.parse import urlsplit
 
 import requests
 import requests.adapters
 
-from settings import VERSION, Settings
+from settings import VERSION, Settings, is_loopback
 
 log = logging.getLogger("worker")
 
 API = "/api/distribution"
 CONNECT_SECONDS = 5.0
+STALLED_SECONDS = 60.0
 LONGEST_BACKOFF_SECONDS = 60.0
+CANNOT_NOW = (429, 503, 507)
 LARGEST_REPLY_BYTES = 64 * 1024 * 1024
 
 
@@ -38,7 +41,7 @@ class Unreachable(Exception):
 
 
 class Busy(Exception):
-    """The master answered that it cannot now (429, 503)."""
+    """The master answered that it cannot now (429, 503, 507)."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__(f"the master is busy, again in {seconds:.1f} s")
@@ -71,10 +74,17 @@ class Link:
             while (left := self._next_try - time.monotonic()) > 0:
                 self._changed.wait(left)
 
+    @property
+    def next_try(self) -> float:
+        """No call before this moment (monotonic)."""
+        return self._next_try
+
     def worked(self) -> None:
         if not self._failures and self._was_reached:
             return
         with self._changed:
+            if not self._failures and self._was_reached:
+                return  # another thread said it
             if self._was_reached:
                 log.info("master back url=%s after=%.1fs", self.url, time.monotonic() - self._lost_at)
             self._was_reached, self._failures, self._was_spread, self._next_try = True, 0, False, 0.0
@@ -127,6 +137,7 @@ class CuttableAdapter(requests.adapters.HTTPAdapter):
                 def connect(self) -> None:
                     super().connect()
                     adapter.socket = self.sock
+                    self.sock.settimeout(STALLED_SECONDS)  # else a send would only have the time of the connect
 
             pool.ConnectionCls = Connection
         return pool
@@ -143,9 +154,11 @@ class MasterClient:
         self._cut: str = ""
         self._adapter = CuttableAdapter(pool_connections=1, pool_maxsize=1)
         self._session = requests.Session()
-        # trust_env would let a ~/.netrc replace our key; proxies and CA bundles of the environment still count.
+        # trust_env would let a ~/.netrc replace our key; proxies and CA bundles of the environment still count, but no
+        # proxy stands between a device and a master on the same machine.
         self._session.trust_env = False
-        self._session.proxies.update(requests.utils.get_environ_proxies(self.url, no_proxy=None))
+        if not is_loopback(urlsplit(self.url).hostname or ""):
+            self._session.proxies.update(requests.utils.get_environ_proxies(self.url, no_proxy=None))
         self._session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
         self._session.mount("http://", self._adapter)
         self._session.mount("https://", self._adapter)
@@ -161,6 +174,11 @@ class MasterClient:
     def post(self, path: str, body: Union[dict[str, Any], bytes], seconds: float) -> dict[str, Any]:
         content = body if isinstance(body, bytes) else json.dumps(body, separators=(",", ":")).encode()
         return self._call("POST", path, seconds, data=content, headers={"Content-Type": "application/json"})
+
+    def put(self, path: str, query: dict[str, Any], content: Any, seconds: float) -> dict[str, Any]:
+        """Send a file (open for reading, or bytes), on a connection of its own: timeouts stay on a connection."""
+        headers = {"Content-Type": "application/octet-stream", "Connection": "close"}
+        return self._call("PUT", path, seconds, params=query, data=content, headers=headers)
 
     def _call(self, method: str, path: str, seconds: float, **more: Any) -> dict[str, Any]:
         self.link.wait_turn()
@@ -207,12 +225,12 @@ class MasterClient:
         if not isinstance(reply, dict) or not (200 <= status < 300 or (status >= 400 and "code" in reply)):
             where = f", a redirect to {response.headers.get('Location', '')[:200]}" if 300 <= status < 400 else ""
             raise Unreachable(f"answered {status} {kind[:80]}{where}, not as a master does", was_broken=True)
-        if status >= 500 and status != 503:
+        if status >= 500 and status not in CANNOT_NOW:
             raise Unreachable(f"answered {status} {reply['code']}", was_broken=True)
         self.link.worked()
         if 200 <= status < 300:
             return reply
-        if status in (429, 503):
+        if status in CANNOT_NOW:
             raise Busy(number(response.headers.get("Retry-After"), 5.0, 0.1, LONGEST_BACKOFF_SECONDS))
         raise Refused(status, str(reply["code"]), str(reply.get("detail") or reply.get("title") or ""))
 

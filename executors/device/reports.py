@@ -7,8 +7,9 @@ import json
 import logging
 import queue
 import threading
-from typing import Any, Union
+from typing import Any, Optional, Union
 
+from executors.device.artifacts import ArtifactFiles
 from executors.device.holding import RUNNING, Held, Holding
 from executors.device.link import MasterClient, Refused, Unreachable
 from executors.device.spool import Report, Spool
@@ -28,13 +29,17 @@ class Reporter:
     ENVELOPE_BYTES = 1024
     REPLACED = ("result_too_large", "report_refused")
 
-    def __init__(self, spool: Spool, holding: Holding, client: MasterClient, device_id: str, boot_id: str) -> None:
-        self.spool, self.holding, self.client = spool, holding, client
+    def __init__(
+        self, spool: Spool, holding: Holding, files: ArtifactFiles, client: MasterClient, device_id: str, boot_id: str
+    ) -> None:
+        self.spool, self.holding, self.files, self.client = spool, holding, files, client
         self.max_body_bytes = 8 * 1024 * 1024
         self._envelope = {"device_id": device_id, "boot_id": boot_id}
         self._outbox: queue.SimpleQueue[Union[Report, list[Report]]] = queue.SimpleQueue()
         self._ready = threading.Condition()
         self._starts: list[Held] = []
+        self._aside: set[Report] = set()  # they go again when their files are at the master
+        self.uploads: queue.SimpleQueue[tuple[Report, list[dict[str, Any]]]] = queue.SimpleQueue()
         self._unwritten = self._unwritten_bytes = 0
         self._was_full = False
         replayed = spool.pending()
@@ -107,11 +112,12 @@ class Reporter:
     def send(self) -> None:
         """Wait for something to report, then send one batch."""
         with self._ready:
-            while not self._starts and self.spool.is_empty:
+            while not self._starts and self.spool.count <= len(self._aside):
                 self._ready.wait()
             starts, self._starts = self._starts[:REPORTS_PER_REQUEST], self._starts[REPORTS_PER_REQUEST:]
         batch = [self._start_report(held) for held in starts if held.phase == RUNNING]
-        batch += self.spool.oldest(REPORTS_PER_REQUEST - len(batch), self.max_body_bytes - self.ENVELOPE_BYTES)
+        room = self.max_body_bytes - self.ENVELOPE_BYTES
+        batch += self.spool.oldest(REPORTS_PER_REQUEST - len(batch), room, but=self._aside)
         while self.spool.lost:
             self.holding.forget(self.spool.lost.pop().assignment_id)
         try:
@@ -146,12 +152,16 @@ class Reporter:
         answers = reply.get("reports")
         if not isinstance(answers, list) or len(answers) != len(batch):
             raise Unreachable("answered a report without one outcome for each entry", was_broken=True)
-        for report, answer in zip(batch, answers):
-            self._judge(report, answer if isinstance(answer, dict) else {})
-        self._acknowledged(batch)
+        settled = [report for report, answer in zip(batch, answers) if self._judge(report, answer)]
+        self._acknowledged(settled)
 
-    def _judge(self, report: Report, answer: dict[str, Any]) -> None:
+    def _judge(self, report: Report, answer: Any) -> bool:
+        """False: it is not settled yet, its files come first."""
+        answer = answer if isinstance(answer, dict) else {}
         outcome, detail = answer.get("outcome"), answer.get("detail") or ""
+        if outcome == "artifacts_missing":
+            self._put_aside(report, answer.get("missing"))
+            return False
         if report.is_start:
             if outcome in ("gone", "stale"):
                 self.holding.cancel([report.assignment_id])
@@ -159,6 +169,29 @@ class Reporter:
             log.warning("report %s assignment=%s %s", outcome, report.assignment_id, detail)
         elif outcome not in ("accepted", "duplicate"):
             self._refused(report, f"{outcome}: {detail}", is_large=False)
+        return True
+
+    def _put_aside(self, report: Report, missing: Any) -> None:
+        """Until its files are at the master; pulls do not wait for it."""
+        entries: list[dict[str, Any]] = json.loads(report.payload or b"{}").get("artifacts") or []
+        wanted = [entry for entry in entries if isinstance(missing, list) and entry["name"] in missing] or entries
+        with self._ready:
+            self._aside.add(report)
+            self._replayed_left -= report.is_replayed
+            report.is_replayed = False
+        self.uploads.put((report, wanted))
+
+    def resume(self, report: Report) -> None:
+        """Its files were sent, or not: the master says how it stands."""
+        with self._ready:
+            self._aside.discard(report)
+            self._ready.notify_all()
+
+    def replace(self, report: Report, error_type: str, message: str, *, retry: bool) -> None:
+        """Its files are lost, or the master never takes them: say failed in its place."""
+        content = json.loads(report.payload or b"{}")
+        self.put({**self._failed(content, error_type, message), "retry": retry})
+        self._acknowledged([report])
 
     def _refused(self, report: Report, detail: str, *, is_large: bool) -> None:
         """The master will never take this entry: say failed in its place, once; then leave it to a person."""
@@ -180,6 +213,7 @@ class Reporter:
             self._replayed_left -= sum(report.is_replayed for report in settled)
         for report in settled:
             self.holding.forget(report.assignment_id)
+            self.files.drop_sent(report.assignment_id)
         if settled:
             self._post(settled)
 
@@ -193,7 +227,16 @@ class Reporter:
     @property
     def has_room(self) -> bool:
         """Whether the device may take more tasks, whose reports will need a place."""
-        return self.spool.is_writable and not self._is_full()
+        return self.problem is None
+
+    @property
+    def problem(self) -> Optional[str]:
+        """Why the device takes no tasks, in the heartbeat's word."""
+        if not self.spool.is_writable:
+            return "spool_unwritable"
+        if self._is_full():
+            return "spool_full"
+        return None if self.files.has_room else "artifacts_full"
 
     def _is_full(self) -> bool:
         return self.spool.pending_bytes + self._unwritten_bytes >= self.spool.max_bytes

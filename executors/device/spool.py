@@ -12,7 +12,7 @@ import threading
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Optional, Sequence
+from typing import Any, Container, Iterable, Iterator, Optional, Sequence
 
 from executors.device.machine import sync_file, sync_folder
 
@@ -219,10 +219,10 @@ class Spool:
         with self._lock:
             return list(self._pending.values())
 
-    def oldest(self, count: int, max_bytes: int) -> list[Report]:
-        """The oldest reports with their payload, at least one if there is any, `max_bytes` together."""
+    def oldest(self, count: int, max_bytes: int, but: Container[Report] = ()) -> list[Report]:
+        """The oldest reports with their payload, at least one if there is any, `max_bytes` together; none of `but`."""
         with self._lock:
-            candidates = list(itertools.islice(self._pending.values(), count))
+            candidates = list(itertools.islice((r for r in self._pending.values() if r not in but), count))
         chosen: list[Report] = []
         for report in candidates:
             max_bytes -= report.size + 1
@@ -272,3 +272,7 @@ class Spool:
     @property
     def is_empty(self) -> bool:
         return not self._pending
+
+    @property
+    def count(self) -> int:
+        return len(self._pending)

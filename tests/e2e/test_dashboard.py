@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shlex
+import time
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -194,6 +197,51 @@ def test_scripts_planted_in_every_field_never_run(master, dashboard_url, open_ta
     assert page.locator("img[src=x], body script").count() == 0
 
 
+def test_a_tasks_files_are_listed_and_downloaded(master, dashboard_url, open_tab):
+    master.register("shop-1")
+    task_id = master.submit_one()
+    [task] = master.pull("shop-1")
+    lease = {"device_id": "shop-1", "assignment_id": task["assignment_id"], "lease_id": task["lease_id"]}
+    content = b"date,installs\n" * 200
+    query = {**lease, "name": "report.csv", "sha256": hashlib.sha256(content).hexdigest()}
+    sent = {"params": query, "data": content, "headers": {"Content-Type": "application/octet-stream"}}
+    master.call("PUT", "/tasks/artifacts", **sent)
+    page = open_tab(dashboard_url).page
+    row(page, task_id).locator("a").click()
+    files = page.locator("#dialog-files li")
+    expect(files).to_have_count(1)
+    expect(files).to_contain_text("report.csv 3kB")
+    with page.expect_download() as download:
+        files.locator("a").click()
+    assert download.value.suggested_filename == "report.csv"
+    assert Path(download.value.path()).read_bytes() == content
+    expect(page.locator("#files-part h3")).to_have_text("Files")
+    page.locator("#dialog-close").click()
+    page.locator("#language").click()
+    row(page, task_id).locator("a").click()
+    expect(page.locator("#files-part h3")).to_have_text("文件")
+
+
+def test_a_device_in_trouble_says_so_in_its_row_in_both_languages(master, dashboard_url, open_tab):
+    for name in ("full", "broken", "newer", "well"):
+        master.register(name)
+    master.beat("full", problem="spool_full", clock=time.time() + 7200)
+    master.beat("broken", problem="spool_unwritable", clock=time.time() - 120)
+    master.beat("newer", problem=HOSTILE)
+    master.beat("well", clock=time.time() - 20)
+    page = open_tab(dashboard_url, locale="en").page
+    of = lambda name: page.locator("#device-rows tr", has_text=name).first  # noqa: E731
+    expect(of("full")).to_contain_text("Its spool is full")
+    expect(of("full")).to_contain_text(re.compile(r"Its clock is (2h|1h 59m) ahead\."))
+    expect(of("broken")).to_contain_text("It cannot write its results to disk")
+    expect(of("broken")).to_contain_text(re.compile(r"Its clock is \S+( \S+)? behind\."))
+    expect(of("newer")).to_contain_text(HOSTILE[:20])
+    expect(of("well").locator(".reason")).to_have_text("")
+    page = open_tab(dashboard_url, locale="zh-CN").page
+    expect(page.locator("#device-rows")).to_contain_text("结果暂存区已满")
+    assert page.evaluate("window.pwned") is None
+
+
 def test_the_key_form_lets_in_with_the_key_only(start_master, open_tab):
     master = start_master(api_key="opensesame-of-this-test")
     task_id = master.submit_one(username="behind the key")
@@ -272,8 +320,9 @@ def test_a_filter_that_the_master_refuses_is_told_beside_the_list(day, open_tab)
     expect(page.locator("#banner")).to_be_hidden()
 
 
-def test_empty_states_teach_the_next_step(master, dashboard_url, open_tab):
-    page = open_tab(dashboard_url).page
+def test_empty_states_teach_the_next_step(start_master, tmp_path, open_tab):
+    master = start_master(worker_file=str(tmp_path / "not-built.pyz"))
+    page = open_tab(master.url).page
     expect(page.locator("#submit-command")).to_be_visible()
     worker = shlex.split(page.locator("#worker-command").inner_text())
     assert worker[:2] == ["python", "worker.py"] and worker[-2:] == ["--master-url", master.url]
@@ -282,6 +331,37 @@ def test_empty_states_teach_the_next_step(master, dashboard_url, open_tab):
     master.call("POST", "/tasks", json.loads(curl[curl.index("-d") + 1]))
     expect(page.locator("#task-rows tr")).to_have_count(1)
     expect(page.locator("#no-tasks")).to_be_hidden()
+
+
+def test_a_device_is_added_by_one_line_that_holds_the_masters_address_and_no_key(start_master, tmp_path, open_tab):
+    (tmp_path / "worker.pyz").write_bytes(b"a whole device")
+    master = start_master(worker_file=str(tmp_path / "worker.pyz"), api_key="a-key-that-no-page-shows")
+    page = open_tab(master.url, forgive=(REFUSED,)).page
+    page.locator("#key-input").fill("a-key-that-no-page-shows")
+    page.locator("#key-input").press("Enter")
+    expect(page.locator("#add-panel")).to_contain_text("No device has registered yet")
+    master.register("shop-1")
+    expect(page.locator("#add-panel")).to_be_hidden()
+    page.get_by_role("button", name="Add a device").click()
+    panel = page.locator("#add-panel")
+    expect(panel).to_contain_text("Write the master's key in place of YOUR_KEY")
+    expect(panel).to_contain_text("only this machine reaches")  # the test looks at 127.0.0.1
+    unix, windows = (page.locator(f"#{name}-command").inner_text() for name in ("worker", "windows"))
+    assert shlex.split(unix) == [
+        "curl", "-fsSgO", f"{master.url}/edge/worker.pyz", "&&",
+        "AF_API_KEY=YOUR_KEY", "python3", "worker.pyz", "--device-id", "shop-7", "--master-url", master.url,
+    ]  # fmt: skip
+    assert f'"{master.url}/edge/worker.pyz" -OutFile worker.pyz; $env:AF_API_KEY = "YOUR_KEY"; py worker.pyz' in windows
+    assert "a-key-that-no-page-shows" not in page.content()
+    assert page.evaluate(CONTRASTS) == [] and page.evaluate(OVERFLOWING) == []
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    panel.get_by_role("button", name="Copy").last.click()
+    expect(panel.get_by_role("button", name="Copied")).to_be_visible()
+    assert page.evaluate("navigator.clipboard.readText()") == windows
+    page.get_by_role("button", name="中文").click()
+    expect(panel).to_contain_text("在新机器上粘贴这一行")
+    page.get_by_role("button", name="添加设备").click()
+    expect(panel).to_be_hidden()
 
 
 def test_a_lost_master_is_told_and_found_again(master, dashboard_url, open_tab):

@@ -300,6 +300,7 @@ def test_an_edge_machine_needs_four_things_and_one_package(programs: list[Progra
     # -S leaves the site-packages of this Python out: only the standard library and the one package are there.
     python = [sys.executable, "-S"]
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(packages), "HOME": str(tmp_path)}
+    environment["AF_CRAWL_ALLOW_NETWORKS"] = "127.0.0.0/8"
     probe = subprocess.run([*python, "-c", "import peewee"], env=environment, capture_output=True, timeout=30)
     assert b"No module named 'peewee'" in probe.stderr
 

@@ -145,6 +145,16 @@ def test_killed_without_goodbye_the_same_command_works_at_once(programs: list[Pr
     assert second.stop(signal.SIGINT) == 0
 
 
+def test_a_url_that_cannot_be_crawled_is_refused_before_anything_is_started(
+    programs: list[Program], tmp_path: Path
+) -> None:
+    program = start(programs, tmp_path, "--crawl", "ftp://example.com/", "--exit")
+    assert program.wait(30) == 2
+    assert program.lines == [
+        "standalone: --crawl 'ftp://example.com/' is no http or https URL: write it like https://example.com/"
+    ]
+
+
 def test_a_port_in_use_is_said_in_one_line_with_its_exit_code(programs: list[Program], tmp_path: Path) -> None:
     first = start(programs, tmp_path / "first")
     port = dashboard_of(first).rpartition(":")[2]

@@ -1,0 +1,249 @@
+"""Where do a task's files lie, and how do they get there and go?
+
+Beside the database, in `<database>.artifacts/`, readable by its owner alone:
+
+    incoming/<random>                                           what is on its way in; emptied at each start
+    <task_id // 1000>/<task_id>.<assignment_id>.<16 digits of its sha256>.<name>
+
+In: the bytes are streamed into incoming/, length and sha256 are checked, then fsync, rename, fsync of the folder, and
+last the row of af_artifact through the writer. A crash between two steps leaves a file without a row; the device sends
+it again, and one that nobody sends again is swept an hour later. Sending a file twice changes nothing.
+Out: who deletes a task marks its rows as dropped in the same transaction; the sweep removes the files, then the rows.
+
+A name comes here only after wire.py has checked it. It must not hold a whole file in memory, nor run in the writer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import logging
+import os
+import re
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import db
+from reads import Reads
+from store import Store, sync_folder
+from transaction import Tx
+from writer import StorageFailing
+
+log = logging.getLogger("af.artifacts")
+
+PIECE_BYTES = 256 * 1024
+MOVING_AT_ONCE = 32
+"""Uploads, and downloads: each has a handler thread for as long as it takes."""
+KEPT_FREE_BYTES = 64 * 1024 * 1024
+"""The last of the disk is the database's."""
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+STRAY_AFTER_SECONDS = 3600.0
+NAMES_A_RUN = 2000
+OURS = re.compile(r"([0-9]+)\.([0-9]+)\.([0-9a-f]{16})\.(.+)")
+
+
+class NoRoom(Exception):
+    """The disk is full, or would be."""
+
+
+class Busy(Exception):
+    """Too many files are on their way at this moment."""
+
+
+class ChecksumWrong(Exception):
+    """What came is not what was announced."""
+
+
+class Artifacts:
+    """The folder beside the database, and the rows that say what belongs to whom."""
+
+    def __init__(self, database: Path, store: Store, reads: Reads) -> None:
+        self.folder = folder_of(database)
+        self._incoming = self.folder / "incoming"
+        self._store, self._reads = store, reads
+        self._uploads = threading.BoundedSemaphore(MOVING_AT_ONCE)
+        self._downloads = threading.BoundedSemaphore(MOVING_AT_ONCE)
+        self._placing = threading.Lock()  # while a file gets its place, or loses it
+        self._arriving: set[Path] = set()
+        self._walk: Iterator[Path] = iter(())
+        #              every (s)                  what happens
+        self.chores = ((10.0, self.remove_dropped), (60.0, self.remove_strays))
+        if self._incoming.is_dir():  # cut off by the end of the process before this one
+            for path in self._incoming.iterdir():
+                path.unlink()
+
+    # -- in ---------------------------------------------------------------------------------------------------
+
+    def receive(
+        self, device_id: str, assignment_id: int, lease_id: str, artifact: db.Artifact, parts: Iterable[bytes]
+    ) -> db.Judged:
+        """Takes a file in, if its attempt may still send it (see db.judge_upload); durable when accepted.
+
+        Raises NoRoom, Busy or ChecksumWrong, what `parts` raises, and what a write raises; then the file is not in.
+        """
+        judged = self._store.write(db.judge_upload, device_id, assignment_id, lease_id, artifact)
+        if judged.outcome != "accepted" or judged.task_id is None:
+            return judged
+        if not self._uploads.acquire(blocking=False):
+            raise Busy(f"{MOVING_AT_ONCE} files are coming in already; send this one again in a moment")
+        path = self._path(judged.task_id, assignment_id, artifact.sha256, artifact.name)
+        try:
+            self._arriving.add(path)
+            self._place(self._take(artifact, parts), path)
+            # A file whose row fails stays: the same file may be on its way again, and strays are swept.
+            return self._store.write(db.add_artifact, device_id, assignment_id, lease_id, artifact)
+        except OSError as error:
+            if error.errno in NO_ROOM:
+                raise NoRoom("the master's disk has no room for this file; send it again later") from error
+            log.error("a file cannot be stored: %s", error)
+            raise StorageFailing(f"the file cannot be stored now ({error.strerror}); send it again later") from error
+        finally:
+            self._arriving.discard(path)
+            self._uploads.release()
+
+    def _take(self, artifact: db.Artifact, parts: Iterable[bytes]) -> Path:
+        """The whole file, on the disk and as announced; nothing of it is left when that fails."""
+        for folder in (self.folder, self._incoming):
+            folder.mkdir(mode=0o700, exist_ok=True)
+        if shutil.disk_usage(self.folder).free < artifact.bytes + KEPT_FREE_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        path = self._incoming / secrets.token_hex(16)
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0)
+        digest = hashlib.sha256()
+        try:
+            with open(os.open(path, flags, 0o600), "wb", buffering=0) as file:
+                for part in parts:
+                    digest.update(part)
+                    left = memoryview(part)
+                    while left:
+                        left = left[file.write(left) :]
+                os.fsync(file.fileno())
+            if digest.hexdigest() != artifact.sha256:
+                raise ChecksumWrong("the file's bytes have another sha256 than the one that was sent; send it again")
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        return path
+
+    def _place(self, taken: Path, path: Path) -> None:
+        try:
+            with self._placing:
+                if not path.parent.is_dir():
+                    path.parent.mkdir(mode=0o700)
+                    sync_folder(self.folder)
+                taken.replace(path)
+        except BaseException:
+            taken.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+    def _path(self, task_id: int, assignment_id: int, sha256: str, name: str) -> Path:
+        return self.folder / f"{task_id // 1000:06d}" / f"{task_id}.{assignment_id}.{sha256[:16]}.{name}"
+
+    # -- out --------------------------------------------------------------------------------------------------
+
+    def open(self, task_id: int, artifact: dict[str, Any]) -> Parts | None:
+        """The bytes of a file (a row of Reads.artifact), to be closed by whoever reads them; None if it is lost."""
+        path = self._path(task_id, artifact["assignment_id"], artifact["sha256"], artifact["name"])
+        if not self._downloads.acquire(blocking=False):
+            raise Busy(f"{MOVING_AT_ONCE} files are going out already; ask for this one again in a moment")
+        try:
+            parts = Parts(path, self._downloads.release)
+        except OSError as error:
+            self._downloads.release()
+            log.error("a file cannot be read: %s", error)
+            return None
+        if parts.bytes != artifact["bytes"]:
+            log.error("a file has %d bytes instead of %d: %s", parts.bytes, artifact["bytes"], path)
+            parts.close()
+            return None
+        return parts
+
+    # -- what the scheduler calls, outside the writer ---------------------------------------------------------
+
+    def remove_dropped(self) -> int:
+        """Files of deleted tasks, first the files, then their rows: a crash between the two removes them again."""
+        gone = []
+        for artifact_id, task_id, assignment_id, name, sha256 in self._reads.dropped_artifacts(NAMES_A_RUN):
+            if self._remove(self._path(task_id, assignment_id, sha256, name)):
+                gone.append((artifact_id,))
+
+        def forget(tx: Tx) -> None:
+            tx.connection.executemany("DELETE FROM af_artifact WHERE artifact_id = ?", gone)
+
+        if gone:
+            self._store.write(forget)
+        return len(gone)
+
+    def remove_strays(self) -> int:
+        """Files that no row names, once they are an hour old; a part of the folder at a time, round and round."""
+        paths = self._next_paths()
+        found = {path: match for path in paths if (match := OURS.fullmatch(path.name))}
+        attempts = sorted({int(match[2]) for match in found.values()})
+        known = {self._path(task, attempt, sha256, name)
+                 for task, attempt, name, sha256 in self._reads.artifacts_of_attempts(attempts)}  # fmt: skip
+        strays = [path for path in found if path not in known and _is_old(path)]
+        for path in strays:
+            log.info("remove_stray file=%s", path.name)
+        return sum(self._remove(path) for path in strays)
+
+    def _next_paths(self) -> list[Path]:
+        paths = [path for path, _ in zip(self._walk, range(NAMES_A_RUN))]
+        if not paths:
+            self._walk = self.folder.glob("[0-9]*/*")
+        return paths
+
+    def _remove(self, path: Path) -> bool:
+        """True if it is gone; its folder goes with the last file."""
+        with self._placing:
+            if path in self._arriving:
+                return False
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                log.error("a file that nobody needs cannot be removed: %s", error)
+                return False
+            with contextlib.suppress(OSError):  # not empty
+                path.parent.rmdir()
+        return True
+
+
+class Parts:
+    """A file's bytes, piece by piece. The server closes it, also when the reader goes away."""
+
+    def __init__(self, path: Path, when_closed: Any) -> None:
+        self._file = path.open("rb", buffering=0)
+        self._when_closed = when_closed
+        self.bytes = os.fstat(self._file.fileno()).st_size
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        part = self._file.read(PIECE_BYTES)
+        if not part:
+            raise StopIteration
+        return part
+
+    def close(self) -> None:
+        if not self._file.closed:
+            self._file.close()
+            self._when_closed()
+
+
+def folder_of(database: Path) -> Path:
+    """Where the files of the tasks in this database lie; they are copied and moved together."""
+    return database.with_name(f"{database.name}.artifacts")
+
+
+def _is_old(path: Path) -> bool:
+    # By the same clock that the file system writes down, not by the master's own.
+    with contextlib.suppress(OSError):
+        return time.time() - path.stat().st_mtime > STRAY_AFTER_SECONDS
+    return False

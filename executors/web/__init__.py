@@ -1,0 +1,1 @@
+"""What executors/crawl.py is made of; no executor is looked for in here."""
