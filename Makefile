@@ -71,6 +71,10 @@ edge: $(VENV)/.stamp-run  ## dist/worker.pyz: a whole device in one file, served
 bench: $(VENV)/.stamp-dev $(BENCH_VENV)/.stamp  ## end to end, bulk submit, idle latency, beside other task systems
 	@$(BIN)/python bench/run.py $(ARGS)
 
+.PHONY: profile
+profile: $(VENV)/.stamp-dev  ## where the time of one task goes, step by step, in the master and in the workers
+	@$(BIN)/python bench/profile.py $(ARGS)
+
 .PHONY: bench-device
 bench-device: $(VENV)/.stamp-dev  ## what a device costs: start to first task, idle memory and CPU
 	@$(BIN)/python bench/device.py $(ARGS)

@@ -8,7 +8,7 @@ errors become replies in web.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,9 @@ import reasons
 import web
 import wire
 from access import Access, open_upload
+from api_limits import LimitHandlers
 from artifacts import Artifacts
+from backlog import Backlog
 from dispatcher import Delivery, Dispatcher, Reply
 from events import Events
 from metrics import CONTENT_TYPE, Metrics
@@ -46,12 +48,13 @@ EXPORT_COLUMNS = ["execution_timeout_seconds" if name == "execution_timeout" els
 
 
 @dataclass
-class Api:
+class Api(LimitHandlers):
     """The things that handlers use; made once by the master."""
 
     settings: Settings
     store: Store
     reads: Reads
+    backlog: Backlog
     artifacts: Artifacts
     dispatcher: Dispatcher
     presence: devices.Presence
@@ -169,16 +172,17 @@ class Api:
         tasks = [task._asdict() for task in submitted]
         return Answer(tasks[0] if submission.single else {"tasks": tasks}, status)
 
-    # GET /tasks/pull?device_id=&boot_id=&limit=&wait=&seq=&ack= -> 200 {tasks, cancel, drain, next_seconds}
+    # GET /tasks/pull?device_id=&boot_id=&limit=&ahead=&wait=&seq=&ack= -> 200 {tasks, cancel, drain, next_seconds}
     def pull_tasks(self, call: Call) -> Any:
         query = call.query
         device_id = query.name("device_id", required=True) or ""
         boot_id = query.name("boot_id")
         limit = query.integer("limit", 1, maximum=1000) or 0
+        ahead = query.counts("ahead", maximum=1000)
         wait = query.number("wait", 0.0, maximum=LONGEST_WAIT_SECONDS) or 0.0
         seq, ack = query.integer("seq", None), query.integer("ack", None)
         query.finish()
-        return _pulled(self.dispatcher.pull(device_id, boot_id, limit, wait, seq, ack))
+        return _pulled(self.dispatcher.pull(device_id, boot_id, limit, wait, seq, ack, ahead))
 
     # POST /tasks/report {device_id, boot_id?, reports} -> 200 {reports: [{assignment_id, outcome}]}
     def report_tasks(self, call: Call) -> Any:
@@ -186,12 +190,12 @@ class Api:
         wall = self.store.moments()[1]
         reports = [None if isinstance(entry, wire.BadReport) else _report(entry, wall) for entry in sent.entries]
 
-        def judge(tx: Tx) -> list[db.Judged | None]:
+        def judge(tx: Tx) -> list[db.Judged]:
             devices.hear_report(self.presence, sent.device_id, tx.now)
-            return [db.apply_report(tx, sent.device_id, report) if report else None for report in reports]
+            return db.apply_reports(tx, sent.device_id, [report for report in reports if report])
 
-        judged = self.store.write(judge) if any(reports) else [None] * len(reports)
-        return {"reports": [_judged(entry, outcome) for entry, outcome in zip(sent.entries, judged, strict=True)]}
+        judged = iter(self.store.write(judge) if any(reports) else ())
+        return {"reports": [_judged(entry, judged) for entry in sent.entries]}
 
     # PUT /tasks/{task_id}/status {status, assignment_id?, lease_id, …} -> 200 {id, outcome, status}
     def set_task_status(self, call: Call) -> Any:
@@ -276,7 +280,7 @@ class Api:
         waiting = {"reason": why.reason, "detail": why.detail} if task["status"] in ("pending", "scheduled") else None
         return {**task, "artifacts": self.reads.artifacts(task["id"]), "waiting": waiting}
 
-    # GET /tasks/{task_id}/why -> 200 {reason, detail, devices, next_look_seconds}
+    # GET /tasks/{task_id}/why -> 200 {reason, detail, devices, limit, next_look_seconds}
     def explain_task(self, call: Call) -> Any:
         call.query.finish()
         task = self.reads.task(wire.check_id(call.names["task_id"])) or self._no_task()
@@ -287,14 +291,21 @@ class Api:
             "reason": why.reason,
             "detail": why.detail,
             "devices": why.devices[:200],
-            "next_look_seconds": self.settings.dispatch_interval if task["status"] == "pending" else None,
+            "limit": why.limit,
+            "next_look_seconds": why.next_look_seconds,
         }
 
     def _explain(self, task: dict[str, Any]) -> reasons.Explanation:
-        lane = self.reads.lane(task["lane_id"], self.store.moments()[1])
-        batch = self.reads.batch(task["batch"]) if task["batch"] else None
-        known = self.reads.devices(self.now, self.settings.device_timeout)
-        return reasons.explain(task, lane, batch, known, self.dispatcher.is_asking)
+        now, wall = self.store.moments()
+        return reasons.explain(
+            task,
+            self.backlog.lane_of(task["id"], now, wall),
+            self.reads.batch(task["batch"]) if task["batch"] else None,
+            self.reads.devices(now, self.settings.device_timeout),
+            self.dispatcher.is_asking,
+            pauses=self.backlog.pauses(),
+            dispatch_interval=self.settings.dispatch_interval,
+        )
 
     # PUT /tasks/{task_id}/assign {device_id} -> 200 {id, status}: it comes with that device's next pull
     def assign_task(self, call: Call) -> Any:
@@ -439,6 +450,7 @@ class Api:
         return {
             **found,
             "version": VERSION,
+            "paused": self.backlog.pauses(),
             "mode": self.settings.mode,
             "uptime_seconds": round(self.now - self.started_at, 3),
             "strategy": self.dispatcher.strategy_name,
@@ -546,6 +558,7 @@ def routes(api: Api) -> tuple[tuple[str, tuple[Route, ...]], ...]:
         Query("device_id", name, "Who asks", True),
         Query("boot_id", name, "Its process"),
         Query("limit", number, "Free slots"),
+        Query("ahead", text, "Of each short type, how many more make a second of work: echo:400,crawl:2"),
         Query("wait", {"type": "number", "maximum": 25}, "Seconds to hold"),
         Query("seq", number, "Number of this pull"),
         Query("ack", number, "Last pull whose reply arrived"),
@@ -559,6 +572,7 @@ def routes(api: Api) -> tuple[tuple[str, tuple[Route, ...]], ...]:
         Query("sha256", {"type": "string", "pattern": SHA256_PATTERN}, "Of the file's bytes, in hex digits", True),
     )
     stats = (Query("batch", text, "Of this batch"), Query("task_type", name, "Of this type"))
+    lane_page = (Query("task_type", name, "Of this type"), *PAGE)
     batch_page = (Query("name", text, "Only this batch"), *PAGE)
     shape = (Query("format", {"enum": ["jsonl", "csv"]}, "Of the file"), Query("include", {"enum": ["result"]}, "More"))
     o, w = openapi, wire
@@ -589,6 +603,16 @@ def routes(api: Api) -> tuple[tuple[str, tuple[Route, ...]], ...]:
         _("POST",   "/batches/{name}/pause",          "operator",  api.pause_batch,       "Hold a batch back.", w.ReasonIn, o.BatchChangedOut),
         _("POST",   "/batches/{name}/resume",         "operator",  api.resume_batch,      "Let a batch go on.", w.ReasonIn, o.BatchChangedOut),
         _("POST",   "/batches/{name}/cancel",         "operator",  api.cancel_batch,      "Cancel a batch and its unfinished tasks.", w.ReasonIn, o.BatchChangedOut),
+        _("GET",    "/limits",                        "viewer",    api.get_limits,        "Limits, with what they count and hold now.", None, o.LimitsOut),
+        _("PUT",    "/limits",                        "operator",  api.set_limits,        "Set all limits.", w.LimitsIn, o.LimitsOut),
+        _("POST",   "/limits/{name}/open",            "operator",  api.open_limit,        "Open what devices have closed.", w.OpenLimitIn, o.LimitOpenedOut),
+        _("GET",    "/lanes",                         "viewer",    api.list_lanes,        "Lanes in which something waits, and paused ones.", None, o.LanesOut, lane_page),
+        _("POST",   "/lanes/{lane_id}/pause",         "operator",  api.pause_lane,        "Hold a lane back.", w.ReasonIn, o.PauseChangedOut),
+        _("POST",   "/lanes/{lane_id}/resume",        "operator",  api.resume_lane,       "Let a lane go on.", w.ReasonIn, o.PauseChangedOut),
+        _("POST",   "/task-types/{task_type}/pause",  "operator",  api.pause_type,        "Hold a task type back.", w.ReasonIn, o.PauseChangedOut),
+        _("POST",   "/task-types/{task_type}/resume", "operator",  api.resume_type,       "Let a task type go on.", w.ReasonIn, o.PauseChangedOut),
+        _("POST",   "/system/pause",                  "operator",  api.pause_all,         "Send nothing at all; what runs, runs on.", w.ReasonIn, o.PauseChangedOut),
+        _("POST",   "/system/resume",                 "operator",  api.resume_all,        "Send tasks again.", w.ReasonIn, o.PauseChangedOut),
         _("GET",    "/system/overview",               "viewer",    api.overview,          "The system at a glance.", None, o.OverviewOut),
         _("GET",    "/strategy",                      "viewer",    api.get_strategy,      "The load-balancing strategy in force.", None, o.StrategyOut),
         _("PUT",    "/strategy",                      "operator",  api.set_strategy,      "Switch the strategy.", w.StrategyIn, o.StrategyOut),
@@ -629,7 +653,9 @@ def _(
 
 def _held(holding: list[wire.Holding] | None) -> tuple[devices.Held, ...]:
     lines = holding or ()
-    return tuple(devices.Held(line.assignment_id, line.lease_id, line.phase, line.progress) for line in lines)
+    return tuple(
+        devices.Held(line.assignment_id, line.lease_id, line.phase, line.progress, line.message) for line in lines
+    )
 
 
 def _new_task(task: wire.TaskIn, wall: float) -> db.NewTask:
@@ -638,7 +664,8 @@ def _new_task(task: wire.TaskIn, wall: float) -> db.NewTask:
         task.task_type, task.data_text or "{}", task.username, task.app_id, task.start_date, task.end_date,
         task.priority, task.batch or "", task.unique_key, task.parent_id, run_at, task.give_up_seconds,
         task.execution_timeout_seconds, task.max_retry_count, tuple(task.required_tags or ()), task.pinned_device_id,
-        task.prefer_device_id, task.if_exists == "requeue_failed", task.max_batch_tasks,
+        task.prefer_device_id, task.if_exists == "requeue_failed", task.max_batch_tasks, task.same_device_as,
+        task.prefer_seconds,
     )  # fmt: skip
 
 
@@ -647,8 +674,9 @@ def _report(report: wire.ReportIn, wall: float) -> db.Report:
     return db.Report(
         report.assignment_id, report.lease_id, report.outcome, report.result_text,
         report.error_message or report.reason, report.error_type, report.log_tail, report.duration_seconds,
-        report.progress, report.retry, delay, tuple(_new_task(task, wall) for task in report.new_tasks or ()),
-        tuple(db.Artifact(file.name, file.bytes, file.sha256) for file in report.artifacts or ()),
+        report.progress, report.retry, delay, tuple(_new_task(task, wall) for task in report.new_tasks) if report.new_tasks else (),
+        tuple(db.Artifact(file.name, file.bytes, file.sha256) for file in report.artifacts) if report.artifacts else (),
+        report.closed_seconds(wall), report.limit_name,
     )  # fmt: skip
 
 
@@ -660,7 +688,7 @@ def _refuse_if_over(judged: db.Judged) -> None:
         raise invalid(409, "stale", "Another attempt has this task, or the lease is wrong; drop it.", "lease_id")
 
 
-def _judged(entry: wire.ReportIn | wire.BadReport, judged: db.Judged | None) -> dict[str, Any]:
+def _judged(entry: wire.ReportIn | wire.BadReport, outcomes: Iterator[db.Judged]) -> dict[str, Any]:
     if isinstance(entry, wire.BadReport):
         wrong = entry.problem
         return {
@@ -669,7 +697,7 @@ def _judged(entry: wire.ReportIn | wire.BadReport, judged: db.Judged | None) -> 
             "detail": wrong.detail,
             "field": wrong.field,
         }
-    assert judged is not None
+    judged = next(outcomes)
     reply: dict[str, Any] = {"assignment_id": entry.assignment_id, "outcome": judged.outcome}
     if judged.missing:
         reply["missing"] = judged.missing
@@ -688,5 +716,5 @@ def _delivered(delivery: Delivery) -> dict[str, Any]:
     sent["task_data"] = msgspec.Raw(delivery.task_data.encode())
     sent["batch"] = delivery.batch or None
     sent["execution_timeout_seconds"] = sent.pop("execution_timeout")
-    sent["start_within_seconds"] = None
+    sent["start_within_seconds"] = sent.pop("start_within")
     return sent

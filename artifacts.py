@@ -39,7 +39,11 @@ log = logging.getLogger("af.artifacts")
 
 PIECE_BYTES = 256 * 1024
 MOVING_AT_ONCE = 32
-"""Uploads, and downloads: each has a handler thread for as long as it takes."""
+"""Uploads, and downloads: each has a handler thread for as long as it takes. With as many overdue uploads they are
+still fewer than the threads that master.py keeps for everybody."""
+UPLOAD_SECONDS = 60.0
+SLOWEST_BYTES_A_SECOND = 16 * 1024
+"""An upload has a minute and a second for each 16 KiB, as the device promises."""
 KEPT_FREE_BYTES = 64 * 1024 * 1024
 """The last of the disk is the database's."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -67,7 +71,7 @@ class Artifacts:
         self.folder = folder_of(database)
         self._incoming = self.folder / "incoming"
         self._store, self._reads = store, reads
-        self._uploads = threading.BoundedSemaphore(MOVING_AT_ONCE)
+        self._uploads = Places()
         self._downloads = threading.BoundedSemaphore(MOVING_AT_ONCE)
         self._placing = threading.Lock()  # while a file gets its place, or loses it
         self._arriving: set[Path] = set()
@@ -76,7 +80,8 @@ class Artifacts:
         self.chores = ((10.0, self.remove_dropped), (60.0, self.remove_strays))
         if self._incoming.is_dir():  # cut off by the end of the process before this one
             for path in self._incoming.iterdir():
-                path.unlink()
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
     # -- in ---------------------------------------------------------------------------------------------------
 
@@ -90,12 +95,13 @@ class Artifacts:
         judged = self._store.write(db.judge_upload, device_id, assignment_id, lease_id, artifact)
         if judged.outcome != "accepted" or judged.task_id is None:
             return judged
-        if not self._uploads.acquire(blocking=False):
+        until = self._uploads.take(artifact.bytes)
+        if until is None:
             raise Busy(f"{MOVING_AT_ONCE} files are coming in already; send this one again in a moment")
         path = self._path(judged.task_id, assignment_id, artifact.sha256, artifact.name)
         try:
             self._arriving.add(path)
-            self._place(self._take(artifact, parts), path)
+            self._place(self._take(artifact, in_time(parts, until)), path)
             # A file whose row fails stays: the same file may be on its way again, and strays are swept.
             return self._store.write(db.add_artifact, device_id, assignment_id, lease_id, artifact)
         except OSError as error:
@@ -105,7 +111,7 @@ class Artifacts:
             raise StorageFailing(f"the file cannot be stored now ({error.strerror}); send it again later") from error
         finally:
             self._arriving.discard(path)
-            self._uploads.release()
+            self._uploads.give_back(until)
 
     def _take(self, artifact: db.Artifact, parts: Iterable[bytes]) -> Path:
         """The whole file, on the disk and as announced; nothing of it is left when that fails."""
@@ -214,6 +220,38 @@ class Artifacts:
         return True
 
 
+class Places:
+    """Who may send a file now? A read from a silent connection cannot be ended, so whoever is overdue keeps a thread,
+    and no place: the next one gets that, as long as not too many are overdue."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._taken: list[float] = []  # until when each of them has time
+
+    def take(self, size: int) -> float | None:
+        """Until when a file of that size has to be here; None if there is no place for it."""
+        now = time.monotonic()
+        with self._lock:
+            in_time = sum(until > now for until in self._taken)
+            if in_time >= MOVING_AT_ONCE or len(self._taken) >= 2 * MOVING_AT_ONCE:
+                return None
+            until = now + UPLOAD_SECONDS + size / SLOWEST_BYTES_A_SECOND
+            self._taken.append(until)
+            return until
+
+    def give_back(self, until: float) -> None:
+        with self._lock:
+            self._taken.remove(until)  # of two equal ones either
+
+
+def in_time(parts: Iterable[bytes], until: float) -> Iterator[bytes]:
+    """The parts as they come in; raises Busy once they are overdue."""
+    for part in parts:
+        if time.monotonic() > until:
+            raise Busy("the file took longer than a minute and a second for each 16 KiB; send it again")
+        yield part
+
+
 class Parts:
     """A file's bytes, piece by piece. The server closes it, also when the reader goes away."""
 
@@ -240,6 +278,21 @@ class Parts:
 def folder_of(database: Path) -> Path:
     """Where the files of the tasks in this database lie; they are copied and moved together."""
     return database.with_name(f"{database.name}.artifacts")
+
+
+def copy_files(database: Path, target: Path) -> int:
+    """Copies the files of a database that may be in use into the folder `target`; returns how many.
+
+    Copy the database first: a file never changes, so that each row of that copy finds its file, unless its task was
+    deleted in between."""
+    copied = 0
+    for path in folder_of(database).glob("[0-9]*/*"):
+        place = target / folder_of(database).name / path.parent.name
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copy2(path, place / path.name)
+            copied += 1
+    return copied
 
 
 def _is_old(path: Path) -> bool:

@@ -8,13 +8,23 @@ clock on the wall, for due times and display only.
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _BOOT_CLOCK = getattr(time, "CLOCK_BOOTTIME", None)
 
 
 def boot_seconds() -> float:
     """Seconds since some fixed moment, counting sleep where the system can tell (Linux)."""
     return time.clock_gettime(_BOOT_CLOCK) if _BOOT_CLOCK is not None else time.monotonic()
+
+
+def machine_boot_id() -> str:
+    """Which start of this machine the boot clock counts from; "" where the system does not say."""
+    try:
+        return BOOT_ID.read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
 
 
 class Clock:

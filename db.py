@@ -17,23 +17,26 @@
   failed      no retry left, or poison, timeout, gave_up           (final until a person requeues it)
   cancelled   a person took it back                                (final until a person requeues it)
 
-An attempt's (id, lease_id) is the fencing token. A report is judged: settled by this report before -> duplicate;
-unknown or cancelled -> gone; a newer attempt exists, or final by another -> stale, kept on the attempt and never
-applied; else one guarded UPDATE -> accepted. A late success of the newest attempt still counts.
+An attempt's (id, lease_id) is the fencing token. A report is judged: unknown attempt -> gone; another lease -> stale;
+settled by this report before -> duplicate; cancelled -> gone; a newer attempt exists, or final by another -> stale,
+kept on the attempt and never applied; else one guarded UPDATE -> accepted. A late success of the newest attempt counts.
 
 Every verb runs inside the writer's transaction and takes it as `tx`, which carries `now`: nothing here reads a clock.
-Only `_move` writes a task's state. SQL for reading lists lives in reads.py, what a device is in devices.py.
+Only `_move_all` writes a task's state. SQL for reading lists lives in reads.py, what a device is in devices.py.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import random
 import secrets
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import limits
+from lanes import Lanes, bring_into_place
 from schema import ACTIVE, TASK_STATES
 from transaction import WRITER_ID, Tx
 
@@ -56,6 +59,8 @@ FAILED_BY_SWEEP = ("timeout", "poison", "gave_up")
 
 GRACE_SECONDS = 30.0
 """The worker kills a task at its timeout; the master's sweep, this much later, is the backstop."""
+START_WITHIN_SECONDS, GIVE_AWAY_SECONDS = 5.0, 2.0
+"""What a device got ahead of a free slot it begins within this time, or never; so much later others may have it."""
 LOST_ON_DEVICES_LIMIT, LOST_LIMIT = 3, 5
 KEPT_ATTEMPTS = 20
 ARTIFACTS_LIMIT = 100
@@ -87,6 +92,8 @@ class NewTask(NamedTuple):
     prefer_device_id: str | None = None
     requeue_if_failed: bool = False
     max_batch_tasks: int | None = None
+    same_device_as: str | None = None
+    prefer_seconds: float | None = None
 
 
 class Submitted(NamedTuple):
@@ -105,9 +112,12 @@ class Artifact(NamedTuple):
     sha256: str
 
 
-@dataclass(frozen=True)
-class Report:
-    """What a device says of one attempt; `outcome` names the verb by REPORT_VERBS."""
+class Report(NamedTuple):
+    """What a device says of one attempt; `outcome` names the verb by REPORT_VERBS.
+
+    `limit_closed_seconds`: it was told to stay away, so nothing of the task's limit keys (or of the key of the limit
+    `limit_name`) is to be sent anywhere for so long.
+    """
 
     assignment_id: int
     lease_id: str
@@ -122,6 +132,8 @@ class Report:
     delay_seconds: float | None = None
     new_tasks: tuple[NewTask, ...] = ()
     artifacts: tuple[Artifact, ...] = ()
+    limit_closed_seconds: float | None = None
+    limit_name: str | None = None
 
 
 class Judged(NamedTuple):
@@ -165,9 +177,20 @@ class Attempt(NamedTuple):
     device_id: str
     lease_id: str
     status: str
+    assigned_at: float
     started_at: float | None
+    deadline_at: float | None
     error_type: str | None
     late_outcome: str | None
+
+    @property
+    def waits_ahead(self) -> bool:
+        """It went out ahead of a free slot and has not begun: its deadline, nearer than any task's, is for that."""
+        return self.status == "assigned" and (self.deadline_at or math.inf) < self.assigned_at + GRACE_SECONDS
+
+    def start_within(self, now: float) -> float | None:
+        """The seconds that are left to begin it; None where there is no hurry."""
+        return max(0.0, (self.deadline_at or 0.0) - GIVE_AWAY_SECONDS - now) if self.waits_ahead else None
 
 
 _TASK_SQL = f"SELECT {', '.join(Task._fields)} FROM af_crawl_tasks WHERE id = ?"
@@ -197,42 +220,62 @@ def active_attempts(tx: Tx, device_id: str) -> list[Attempt]:
 
 def _move(tx: Tx, verb: str, task: Task, to_state: str, **columns: Any) -> bool:
     """Writes a task's state if it is still as `task` says; False means that somebody was faster."""
+    if task.status not in TRANSITIONS[verb][0]:
+        return False
+    return _move_all(tx, verb, [task], to_state, [tuple(columns.values())], tuple(columns)) == 1
+
+
+def _move_all(tx: Tx, verb: str, tasks: Sequence[Task], to_state: str, values: Sequence[tuple[Any, ...]],
+              columns: tuple[str, ...]) -> int:  # fmt: skip
+    """The same for many, each with its own values of the same columns; how many of them were as their Task says.
+
+    One statement runs over all: where they are fewer than asked for, the caller must let the job be undone.
+    """
     from_states, to_states = TRANSITIONS[verb]
     assert to_state in to_states, f"{verb} does not lead to {to_state}"
-    if task.status not in from_states:
-        return False
+    assert all(task.status in from_states for task in tasks), f"{verb} does not come from every state here"
     assignments = "".join(f", {column} = ?" for column in columns)
-    changed = tx.execute(
+    moved = tx.connection.executemany(
         f"UPDATE af_crawl_tasks SET status = ?, updated_at = ?{assignments}"
         " WHERE id = ? AND status = ? AND assignment_id IS ?",
-        (to_state, tx.now, *columns.values(), task.id, task.status, task.assignment_id),
-    )
-    if changed.rowcount != 1:
-        return False
-    tx.count(task.task_type, task.batch, task.status, -1)
-    tx.count(task.task_type, task.batch, to_state, +1)
-    if task.status == "pending":
-        tx.count_lane(task.lane_id, -1)
-    if to_state == "pending":
-        tx.count_lane(task.lane_id, +1)
-    return True
+        [
+            (to_state, tx.now, *its, task.id, task.status, task.assignment_id)
+            for task, its in zip(tasks, values, strict=True)
+        ],
+    ).rowcount
+    if moved == len(tasks):
+        for (task_type, batch, lane_id, status), n in Counter(map(_books_of, tasks)).items():
+            tx.count(task_type, batch, status, -n)
+            tx.count(task_type, batch, to_state, +n)
+            tx.count_lane(lane_id, status, to_state, n)
+    return moved
+
+
+def _books_of(task: Task) -> tuple[str, str, int, str]:
+    return task.task_type, task.batch, task.lane_id, task.status
 
 
 def _settle(tx: Tx, attempt: Attempt, status: str, report: Report | None = None, error_type: str | None = None) -> None:
     """Ends an attempt; what the report says of it is kept beside it."""
     r = report or Report(attempt.id, attempt.lease_id, status)
     tx.execute(
-        "UPDATE af_task_assignment SET status = ?, completed_at = ?, deadline_at = NULL, duration_seconds = ?,"
-        " error_message = ?, error_type = ?, log_tail = ? WHERE id = ?",
+        _SETTLE_ATTEMPT,
         (status, tx.now, r.duration_seconds, r.error_message, error_type or r.error_type, r.log_tail, attempt.id),
     )
+
+
+_SETTLE_ATTEMPT = (
+    "UPDATE af_task_assignment SET status = ?, completed_at = ?, deadline_at = NULL, duration_seconds = ?,"
+    " error_message = ?, error_type = ?, log_tail = ? WHERE id = ?"
+)
 
 
 # -- submit and promote --------------------------------------------------------------------------------------
 
 _INSERT_TASK = f"""INSERT INTO af_crawl_tasks (id, task_type, username, app_id, start_date, end_date, status, priority,
  lane_id, batch, unique_key, parent_id, next_run_at, give_up_at, execution_timeout, max_retry_count, required_tags,
- pinned_device_id, prefer_device_id, created_by, created_at, updated_at) VALUES (?{", ?" * 21})"""
+ pinned_device_id, prefer_device_id, same_device_as, prefer_seconds, created_by, created_at, updated_at)
+ VALUES (?{", ?" * 23})"""
 
 
 def submit(tx: Tx, tasks: Sequence[NewTask], created_by: str | None = None) -> list[Submitted]:
@@ -241,9 +284,9 @@ def submit(tx: Tx, tasks: Sequence[NewTask], created_by: str | None = None) -> l
     Looking before inserting is no race here: one thread writes. The unique index stands behind it all the same.
     """
     batches = {name: _Batch(tx, name) for name in {task.batch for task in tasks} if name}
-    lanes = {key: _lane_id(tx, key) for key in {_lane_key(task) for task in tasks}}
+    lanes = Lanes(tx)
     known: dict[tuple[str, str], int] = {}
-    next_id = first_id = _next_task_id(tx)
+    next_id = first_id = _next_id(tx, "af_crawl_tasks")
     rows: list[tuple[Any, ...]] = []
     payloads: list[tuple[int, str]] = []
     answers: list[Submitted] = []
@@ -257,7 +300,7 @@ def submit(tx: Tx, tasks: Sequence[NewTask], created_by: str | None = None) -> l
         elif refusal is not None:
             answers.append(Submitted(None, False, refusal))
         else:
-            lane = lanes[_lane_key(task)]
+            lane = lanes.find(task)
             rows.append(_task_row(tx, next_id, task, lane, created_by))
             if task.task_data != "{}":
                 payloads.append((next_id, task.task_data))
@@ -282,14 +325,14 @@ def _task_row(tx: Tx, task_id: int, task: NewTask, lane_id: int, created_by: str
         task.execution_timeout or policy.task_timeout,
         policy.max_retry_count if task.max_retry_count is None else task.max_retry_count,
         json.dumps(sorted(task.required_tags)) if task.required_tags else "[]",
-        task.pinned_device_id, task.prefer_device_id, created_by, tx.now, tx.now,
+        task.pinned_device_id, task.prefer_device_id, task.same_device_as, task.prefer_seconds, created_by, tx.now,
+        tx.now,
     )  # fmt: skip
 
 
 def _count_new(tx: Tx, task_id: int, task: NewTask, status: str, lane_id: int) -> Submitted:
     tx.count(task.task_type, task.batch, status, +1)
-    if status == "pending":
-        tx.count_lane(lane_id, +1)
+    tx.count_lane(lane_id, None, status)
     return Submitted(task_id, True, status)
 
 
@@ -336,26 +379,9 @@ def batch_size(tx: Tx, batch: str) -> int:
     return total + sum(n for (scope, name, _), n in tx._counts.items() if scope == "batch" and name == batch)
 
 
-def _next_task_id(tx: Tx) -> int:
-    row = tx.one("SELECT seq FROM sqlite_sequence WHERE name = 'af_crawl_tasks'")
+def _next_id(tx: Tx, table: str) -> int:
+    row = tx.one("SELECT seq FROM sqlite_sequence WHERE name = ?", (table,))
     return (row[0] if row else 0) + 1
-
-
-def _lane_key(task: NewTask) -> tuple[str, ...]:
-    tags = json.dumps(sorted(task.required_tags))
-    return task.task_type, tags, task.pinned_device_id or "", task.prefer_device_id or "", task.batch
-
-
-def _lane_id(tx: Tx, key: tuple[str, ...]) -> int:
-    """The lane of tasks that may go to the same places; made when the first of them comes."""
-    names = "task_type, required_tags, pinned_device_id, prefer_device_id, batch"
-    tx.execute(f"INSERT INTO af_lane ({names}) VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING", key)
-    sql = (
-        "SELECT id FROM af_lane WHERE task_type = ? AND required_tags = ? AND pinned_device_id = ?"
-        " AND prefer_device_id = ? AND batch = ?"
-    )
-    found: int = tx.one(sql, key)[0]
-    return found
 
 
 def promote(tx: Tx, limit: int = 1000) -> int:
@@ -375,36 +401,60 @@ def promote(tx: Tx, limit: int = 1000) -> int:
 # -- one attempt: assign, start, complete, fail, snooze, release ---------------------------------------------
 
 
+class Gift(NamedTuple):
+    """A pending task for a device. `start_within`: no slot is free for it there, and it is taken back unless it begins
+    so soon."""
+
+    task: Task
+    device_id: str
+    pull_seq: int | None
+    is_delivered: bool
+    start_within: float | None = None
+
+    @property
+    def deadline_seconds(self) -> float:
+        if self.start_within is None:
+            return self.task.execution_timeout + GRACE_SECONDS
+        return self.start_within + GIVE_AWAY_SECONDS
+
+
 class Assigned(NamedTuple):
     assignment_id: int
     lease_id: str
     attempt: int
 
 
-def assign(tx: Tx, task: Task, device_id: str, *, pull_seq: int | None, is_delivered: bool) -> Assigned | None:
-    """Gives a pending task to a device: a new attempt with a new lease. None if it is no longer pending."""
-    if task.status != "pending":
-        return None
-    lease_id = secrets.token_hex(16)
-    deadline_at = tx.now + task.execution_timeout + GRACE_SECONDS
-    inserted = tx.execute(
-        "INSERT INTO af_task_assignment (task_id, device_id, lease_id, pull_seq, assigned_at, delivered_at,"
-        " deadline_at) VALUES (?, ?, ?, ?, ?, ?, ?)",
-        (task.id, device_id, lease_id, pull_seq, tx.now, tx.now if is_delivered else None, deadline_at),
-    )
-    assignment_id = inserted.lastrowid
-    assert assignment_id is not None
-    attempt = task.attempt_count + 1
-    if not _move(
-        tx, "assign", task, "assigned",
-        assigned_device_id=device_id, assignment_id=assignment_id, attempt_count=attempt,
-    ):  # fmt: skip
-        tx.execute("DELETE FROM af_task_assignment WHERE id = ?", (assignment_id,))
-        return None
-    if attempt > KEPT_ATTEMPTS:
-        _drop_oldest_attempts(tx, task.id)
-    tx.note("task", "assign", task=task.id, device=device_id, attempt=attempt, status="assigned")
-    return Assigned(assignment_id, lease_id, attempt)
+def assign(tx: Tx, gifts: Sequence[Gift]) -> list[Assigned]:
+    """Gives pending tasks to devices: for each a new attempt with a new lease. None of them if one is not pending."""
+    if not gifts or any(gift.task.status != "pending" for gift in gifts):
+        return []
+    first_id = _next_id(tx, "af_task_assignment")
+    leases = secrets.token_hex(16 * len(gifts))
+    assigned = [
+        Assigned(first_id + n, leases[32 * n : 32 * n + 32], gift.task.attempt_count + 1)
+        for n, gift in enumerate(gifts)
+    ]
+    tx.connection.executemany(
+        "INSERT INTO af_task_assignment (id, task_id, device_id, lease_id, pull_seq, assigned_at, delivered_at,"
+        " deadline_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        [
+            (new.assignment_id, gift.task.id, gift.device_id, new.lease_id, gift.pull_seq, tx.now,
+             tx.now if gift.is_delivered else None, tx.now + gift.deadline_seconds)
+            for gift, new in zip(gifts, assigned, strict=True)
+        ],
+    )  # fmt: skip
+    moved = _move_all(
+        tx, "assign", [gift.task for gift in gifts], "assigned",
+        [(gift.device_id, new.assignment_id, new.attempt) for gift, new in zip(gifts, assigned, strict=True)],
+        ("assigned_device_id", "assignment_id", "attempt_count"),
+    )  # fmt: skip
+    if moved != len(gifts):
+        raise RuntimeError("a task that was to be given away was not pending any more")
+    for gift, new in zip(gifts, assigned, strict=True):
+        if new.attempt > KEPT_ATTEMPTS:
+            _drop_oldest_attempts(tx, gift.task.id)
+        tx.note("task", "assign", task=gift.task.id, device=gift.device_id, attempt=new.attempt, status="assigned")
+    return assigned
 
 
 def _drop_oldest_attempts(tx: Tx, task_id: int) -> None:
@@ -412,6 +462,50 @@ def _drop_oldest_attempts(tx: Tx, task_id: int) -> None:
     values = (task_id, task_id, KEPT_ATTEMPTS)
     tx.execute(f"UPDATE af_artifact SET dropped = 1 WHERE task_id = ? AND assignment_id NOT IN {kept}", values)
     tx.execute(f"DELETE FROM af_task_assignment WHERE task_id = ? AND id NOT IN {kept}", values)
+
+
+def apply_reports(tx: Tx, device_id: str, reports: Sequence[Report]) -> list[Judged]:
+    """Judges the reports of one request, in order. Nearly all are plain completions: they are read and written at once,
+    and everything else one by one, as it comes."""
+    known = _attempts_with_tasks(tx, [report.assignment_id for report in reports])
+    judged: list[Judged] = []
+    plain: list[Ended] = []
+    for report in reports:
+        attempt, task = known.pop(report.assignment_id, (None, None))  # a second report of it is read anew
+        if attempt and task and _is_plain_completion(device_id, task, attempt, report):
+            plain.append(Ended(task, attempt, report))
+            judged.append(Judged("accepted", task.id, "completed"))
+        else:
+            _complete_all(tx, plain)
+            plain = []
+            judged.append(apply_report(tx, device_id, report))
+    _complete_all(tx, plain)
+    return judged
+
+
+def _attempts_with_tasks(tx: Tx, assignment_ids: Sequence[int]) -> dict[int, tuple[Attempt, Task]]:
+    columns = [f"attempt.{name}" for name in Attempt._fields] + [f"task.{name}" for name in Task._fields]
+    rows = tx.execute(
+        f"SELECT {', '.join(columns)} FROM json_each(?) AS wanted"
+        " JOIN af_task_assignment AS attempt ON attempt.id = wanted.value"
+        " JOIN af_crawl_tasks AS task ON task.id = attempt.task_id",
+        (json.dumps(assignment_ids),),
+    ).fetchall()
+    width = len(Attempt._fields)
+    return {row[0]: (Attempt._make(row[:width]), Task._make(row[width:])) for row in rows}
+
+
+def _is_plain_completion(device_id: str, task: Task, attempt: Attempt, report: Report) -> bool:
+    """The usual end: `apply_report` would accept it, and `complete` has nothing to ask or to add."""
+    return (
+        report.outcome == "completed"
+        and not (report.artifacts or report.new_tasks or report.limit_closed_seconds)
+        and (attempt.device_id, attempt.lease_id) == (device_id, report.lease_id)
+        and task.assignment_id == attempt.id
+        and task.status in ("assigned", "running")
+        and attempt.status in ("assigned", "running")
+        and attempt.late_outcome is None
+    )
 
 
 def apply_report(tx: Tx, device_id: str, report: Report) -> Judged:
@@ -431,7 +525,18 @@ def apply_report(tx: Tx, device_id: str, report: Report) -> Judged:
     if task.assignment_id != attempt.id or _is_final_by_another(task):
         _keep_late(tx, attempt, report)
         return Judged("stale", task.id, task.status)
+    if report.limit_closed_seconds:
+        return _close_limit(tx, task, attempt, report)
     return REPORT_VERBS[report.outcome](tx, task, attempt, report)
+
+
+def _close_limit(tx: Tx, task: Task, attempt: Attempt, report: Report) -> Judged:
+    """The device was told to stay away: that is nobody's failure, so the task waits like the others of its key."""
+    seconds = report.limit_closed_seconds or 0.0
+    limits.close_keys(tx, task.lane_id, seconds, report.error_message, report.limit_name)
+    if report.outcome != "failed" or not report.can_retry:
+        return REPORT_VERBS[report.outcome](tx, task, attempt, report)
+    return snooze(tx, task, attempt, report._replace(outcome="snoozed"))
 
 
 def _is_settled_by_report(attempt: Attempt, report: Report) -> bool:
@@ -454,7 +559,13 @@ def _keep_late(tx: Tx, attempt: Attempt, report: Report) -> None:
 
 
 def start(tx: Tx, task: Task, attempt: Attempt, report: Report) -> Judged:
-    """The device has begun; this also re-adopts a task that went back while its device was away."""
+    """The device has begun; this also re-adopts a task that went back while its device was away, if its limits let
+    one more run by now."""
+    if task.status in ("pending", "scheduled"):
+        bring_into_place(tx, task.id)
+        task = get_task(tx, task.id) or task
+        if not limits.may_run_again(tx, task.lane_id):
+            return Judged("stale", task.id, task.status)
     if not _move(
         tx, "start", task, "running",
         assigned_device_id=attempt.device_id, started_at=tx.now, next_run_at=None,
@@ -478,29 +589,74 @@ def complete(tx: Tx, task: Task, attempt: Attempt, report: Report) -> Judged:
     missing = _missing_artifacts(tx, attempt, report.artifacts) if report.artifacts else ()
     if missing:
         return Judged("artifacts_missing", task.id, task.status, missing=missing)
-    if not _move(
-        tx, "complete", task, "completed",
-        finished_at=tx.now, started_at=attempt.started_at or tx.now - (report.duration_seconds or 0.0),
-        assigned_device_id=attempt.device_id, next_run_at=None, end_reason=None, error_message=None,
-    ):  # fmt: skip
-        return Judged("stale", task.id, task.status)
     is_late = attempt.status not in ("assigned", "running")
     if is_late:
         _keep_late(tx, attempt, report)
-    _settle(tx, attempt, "completed", report)
-    if report.result is not None:
-        sql = "INSERT OR REPLACE INTO af_task_result (task_id, result) VALUES (?, ?)"
-        tx.execute(sql, (task.id, report.result))
-    tx.execute(
-        "UPDATE af_device SET completed_count = completed_count + 1, consecutive_failures = 0, last_finished_at = ?,"
-        " total_duration_seconds = total_duration_seconds + ? WHERE device_id = ?",
-        (tx.now, report.duration_seconds or 0.0, attempt.device_id),
-    )
-    tx.count_minute(task.task_type, attempt.device_id, "completed", report.duration_seconds or 0.0)
-    tx.note("task", "complete", task=task.id, device=attempt.device_id, attempt=task.attempt_count, late=is_late,
-            status="completed")  # fmt: skip
-    new_tasks = submit(tx, report.new_tasks, created_by=f"task {task.id}") if report.new_tasks else []
+    _complete_all(tx, [Ended(task, attempt, report)], is_late=is_late)
+    new_tasks = submit(tx, _heirs(tx, task, report.new_tasks), created_by=f"task {task.id}")
     return Judged("accepted", task.id, "completed", tuple(new_tasks))
+
+
+def _heirs(tx: Tx, task: Task, new_tasks: Sequence[NewTask]) -> list[NewTask]:
+    """What comes of a task needs the tags that it needed itself, and is retried as often where it does not say."""
+    if not new_tasks:
+        return []
+    tags = json.loads(tx.one("SELECT required_tags FROM af_crawl_tasks WHERE id = ?", (task.id,))[0])
+    return [
+        new._replace(
+            required_tags=tuple(sorted({*tags, *new.required_tags})),
+            max_retry_count=task.max_retry_count if new.max_retry_count is None else new.max_retry_count,
+        )
+        for new in new_tasks
+    ]
+
+
+class Ended(NamedTuple):
+    """A task, its attempt, and the report that ends both."""
+
+    task: Task
+    attempt: Attempt
+    report: Report
+
+
+def _complete_all(tx: Tx, ended: Sequence[Ended], *, is_late: bool = False) -> None:
+    """Books completions of one device that were judged and accepted."""
+    if not ended:
+        return
+    device_id = ended[0].attempt.device_id
+    moved = _move_all(
+        tx, "complete", [one.task for one in ended], "completed",
+        [
+            (tx.now, a.started_at or tx.now - (r.duration_seconds or 0.0), device_id, None, None, None)
+            for _, a, r in ended
+        ],
+        ("finished_at", "started_at", "assigned_device_id", "next_run_at", "end_reason", "error_message"),
+    )  # fmt: skip
+    if moved != len(ended):
+        raise RuntimeError("a task was not as it had been read in the same transaction")
+    tx.connection.executemany(
+        _SETTLE_ATTEMPT,
+        [
+            ("completed", tx.now, r.duration_seconds, r.error_message, r.error_type, r.log_tail, a.id)
+            for _, a, r in ended
+        ],
+    )
+    tx.connection.executemany(
+        "INSERT OR REPLACE INTO af_task_result (task_id, result) VALUES (?, ?)",
+        [(task.id, r.result) for task, _, r in ended if r.result is not None],
+    )
+    durations: defaultdict[str, list[float]] = defaultdict(list)
+    for task, _, report in ended:
+        durations[task.task_type].append(report.duration_seconds or 0.0)
+        tx.note("task", "complete", task=task.id, device=device_id, attempt=task.attempt_count, late=is_late,
+                status="completed")  # fmt: skip
+    for task_type, seconds in durations.items():
+        tx.count_minute(task_type, device_id, "completed", *seconds)
+    tx.execute(
+        "UPDATE af_device SET completed_count = completed_count + ?, consecutive_failures = 0, last_finished_at = ?,"
+        " total_duration_seconds = total_duration_seconds + ? WHERE device_id = ?",
+        (len(ended), tx.now, sum(map(sum, durations.values())), device_id),
+    )
 
 
 def _missing_artifacts(tx: Tx, attempt: Attempt, artifacts: Sequence[Artifact]) -> tuple[str, ...]:
@@ -609,7 +765,8 @@ def snooze(tx: Tx, task: Task, attempt: Attempt, report: Report) -> Judged:
     """Not now, and nobody's fault: the task comes back after `delay_seconds`, until give_up_at."""
     if attempt.status not in ("assigned", "running"):
         return _turn_loss_into_retry(tx, task, attempt, report)
-    next_run_at = tx.wall + (report.delay_seconds or tx.policy.retry_backoff_seconds)
+    delay = report.delay_seconds or report.limit_closed_seconds or tx.policy.retry_backoff_seconds
+    next_run_at = tx.wall + delay
     counted = {"error_message": report.error_message, "assigned_device_id": None}
     if next_run_at <= task.give_up_at:
         to_state = "scheduled"
@@ -640,11 +797,14 @@ def release(tx: Tx, attempt: Attempt, reason: str, report: Report | None = None)
     """Takes an active attempt's task back; returns the state it went to, or None if nothing was to release.
 
     reason: lost (its device vanished; counts if the start was confirmed), timeout (uses a retry), or one that counts
-    nowhere: handed_back, never_delivered, silent_since_start, device_removed.
+    nowhere: handed_back, never_delivered, silent_since_start, device_removed, never_started (in time, on a device that
+    got it ahead of a free slot).
     """
     task = get_task(tx, attempt.task_id)
     if task is None or task.assignment_id != attempt.id or task.status not in ("assigned", "running"):
         return None
+    if reason == "timeout" and attempt.waits_ahead:
+        reason = "never_started"
     if reason == "timeout":
         text = f"not finished within {task.execution_timeout} s"
         late = Report(attempt.id, attempt.lease_id, "failed", error_message=text, error_type="timeout")
@@ -657,8 +817,12 @@ def release(tx: Tx, attempt: Attempt, reason: str, report: Report | None = None)
         _settle(tx, attempt, "released", report, error_type=reason)
     if reason in ("timeout", "lost"):
         column = "failed_count" if reason == "timeout" else "lost_count"
-        tx.execute(f"UPDATE af_device SET {column} = {column} + 1 WHERE device_id = ?", (attempt.device_id,))
-        tx.count_minute(task.task_type, attempt.device_id, "failed" if reason == "timeout" else "lost")
+        tx.execute(
+            f"UPDATE af_device SET {column} = {column} + 1, consecutive_failures = consecutive_failures + ?"
+            " WHERE device_id = ?",
+            (reason == "timeout", attempt.device_id),
+        )
+        tx.count_minute(task.task_type, attempt.device_id, "failed" if reason == "timeout" else "lost", 0.0)
     tx.note("task", "release", task=task.id, device=attempt.device_id, attempt=task.attempt_count, reason=reason,
             status=moved_to)  # fmt: skip
     return moved_to
@@ -706,6 +870,9 @@ def cancel(tx: Tx, task_id: int, reason: str | None = None) -> str | None:
 def requeue(tx: Tx, task_id: int) -> str | None:
     """A person gives a failed or cancelled task another life: all counts start again. None if it is not final."""
     task = get_task(tx, task_id)
+    if task is not None and task.status in TRANSITIONS["requeue"][0]:
+        bring_into_place(tx, task_id)  # its lane may be gone by now
+        task = get_task(tx, task_id)
     if task is None or not _move(
         tx, "requeue", task, "pending",
         retry_count=0, lost_count=0, snooze_count=0, end_reason=None, error_message=None,
@@ -721,64 +888,25 @@ def requeue(tx: Tx, task_id: int) -> str | None:
 
 def pin(tx: Tx, task_id: int, device_id: str) -> str | None:
     """A waiting task may only go to this device from now on. Returns its state, or None if it does not wait."""
-    row = tx.one(
-        "SELECT task_type, required_tags, batch, prefer_device_id, lane_id, status FROM af_crawl_tasks"
-        " WHERE id = ? AND status IN ('pending', 'scheduled')",
-        (task_id,),
-    )
+    row = tx.one("SELECT status FROM af_crawl_tasks WHERE id = ? AND status IN ('pending', 'scheduled')", (task_id,))
     if row is None:
         return None
-    task_type, required_tags, batch, prefer_device_id, old_lane, status = row
-    lane = _lane_id(tx, (task_type, required_tags, device_id, prefer_device_id or "", batch))
-    tx.execute(
-        "UPDATE af_crawl_tasks SET pinned_device_id = ?, lane_id = ?, updated_at = ? WHERE id = ?",
-        (device_id, lane, tx.now, task_id),
-    )
-    if status == "pending":
-        tx.count_lane(old_lane, -1)
-        tx.count_lane(lane, +1)
+    status: str = row[0]
+    sql = "UPDATE af_crawl_tasks SET pinned_device_id = ?, updated_at = ? WHERE id = ?"
+    tx.execute(sql, (device_id, tx.now, task_id))
+    bring_into_place(tx, task_id)
     tx.note("task", "pin", task=task_id, device=device_id, status=status)
-    found: str = status
-    return found
+    return status
 
 
 def set_batch_state(tx: Tx, name: str, state: str, reason: str | None = None) -> bool:
     """Opens, pauses or cancels a batch (its waiting tasks are cancelled by the caller, in chunks). False: unknown."""
     changed = tx.execute("UPDATE af_batch SET state = ?, reason = ? WHERE name = ?", (state, reason, name))
     if changed.rowcount:
+        tx.execute("UPDATE af_lane SET is_held = ? WHERE batch = ?", (state != "open", name))
         tx.note("system", f"batch_{state}", batch=name, reason=reason)
         tx.wants_dispatch = True
     return changed.rowcount > 0
-
-
-def delete_finished(tx: Tx, finished_before: float, limit: int = 500) -> int:
-    """Retention: deletes at most `limit` finished tasks that ended before then, with all that hangs on them."""
-    rows = tx.execute(
-        "SELECT id, task_type, batch, status FROM af_crawl_tasks WHERE finished_at IS NOT NULL AND finished_at < ?"
-        " ORDER BY finished_at LIMIT ?",
-        (finished_before, limit),
-    ).fetchall()
-    ids = [(row[0],) for row in rows]
-    tx.connection.executemany("DELETE FROM af_task_payload WHERE task_id = ?", ids)
-    tx.connection.executemany("DELETE FROM af_task_result WHERE task_id = ?", ids)
-    tx.connection.executemany("UPDATE af_artifact SET dropped = 1 WHERE task_id = ? AND dropped = 0", ids)
-    tx.connection.executemany("DELETE FROM af_task_assignment WHERE task_id = ?", ids)
-    tx.connection.executemany("DELETE FROM af_crawl_tasks WHERE id = ?", ids)
-    for _, task_type, batch, status in rows:
-        tx.count(task_type, batch, status, -1)
-    return len(rows)
-
-
-def forget_empty_batches(tx: Tx, created_before: float) -> None:
-    """Batches of which no task is kept any more go, with their lanes and counters."""
-    empty = (
-        "SELECT name FROM af_batch WHERE created_at < ? AND NOT EXISTS (SELECT 1 FROM af_crawl_tasks"
-        " WHERE af_crawl_tasks.batch = af_batch.name AND af_crawl_tasks.batch <> '') LIMIT 100"
-    )
-    names = [row[:1] for row in tx.execute(empty, (created_before,)).fetchall()]
-    tx.connection.executemany("DELETE FROM af_lane WHERE batch = ? AND waiting = 0", names)
-    tx.connection.executemany("DELETE FROM af_count WHERE scope = 'batch' AND name = ? AND n = 0", names)
-    tx.connection.executemany("DELETE FROM af_batch WHERE name = ?", names)
 
 
 def overdue_attempts(tx: Tx, limit: int = 500) -> Iterable[Attempt]:

@@ -21,6 +21,7 @@ from transaction import Tx
 BOOT_WINDOW_SECONDS = 300.0
 BOOTS_TO_CONFLICT = 3
 KEPT_BOOTS = 20
+UNCONFIRMED_SECONDS = 30.0
 
 
 class UnknownDevice(Exception):
@@ -42,6 +43,7 @@ class Held(NamedTuple):
     lease_id: str
     phase: str
     progress: float | None = None
+    message: str | None = None
 
 
 @dataclass(frozen=True)
@@ -270,6 +272,7 @@ def beat(tx: Tx, presence: Presence, device_id: str, heard: Beat, *, keep_histor
     if heard.seq <= device.heartbeat_seq:
         if heard.holding is None:
             tx.execute("UPDATE af_device SET last_heartbeat_at = ? WHERE device_id = ?", (tx.now, device_id))
+            _release_unconfirmed(tx, device_id)
         return [], device.wanted
     skew = None if heard.clock is None else round(heard.clock - tx.wall, 1)
     metrics = (heard.cpu_usage, heard.memory_usage, heard.disk_usage, heard.active_tasks, heard.system_info)
@@ -289,8 +292,18 @@ def beat(tx: Tx, presence: Presence, device_id: str, heard: Beat, *, keep_histor
         _say_goodbye(tx, presence, device_id)
         return [], device.wanted
     if heard.holding is None:
+        _release_unconfirmed(tx, device_id)
         return [], device.wanted
     return _reconcile(tx, presence, device_id, heard.holding), device.wanted
+
+
+def _release_unconfirmed(tx: Tx, device_id: str) -> None:
+    """A device that gives only a sign of life may stand still for long: what went to it and was not confirmed since
+    goes to others."""
+    for attempt in db.active_attempts(tx, device_id):
+        is_old = attempt.status == "assigned" and attempt.assigned_at < tx.now - UNCONFIRMED_SECONDS
+        if is_old and not _was_delivered_before(tx, attempt.id, tx.now):
+            db.release(tx, attempt, "lost")
 
 
 def _reconcile(tx: Tx, presence: Presence, device_id: str, holding: Sequence[Held]) -> list[int]:
@@ -305,7 +318,10 @@ def _reconcile(tx: Tx, presence: Presence, device_id: str, holding: Sequence[Hel
             if attempt.id in missing_before and _was_delivered_before(tx, attempt.id, previous_beat_at):
                 db.release(tx, attempt, "lost")
         elif line.progress is not None:
-            tx.execute("UPDATE af_task_assignment SET progress = ? WHERE id = ?", (line.progress, attempt.id))
+            tx.execute(
+                "UPDATE af_task_assignment SET progress = ?, progress_message = ? WHERE id = ?",
+                (line.progress, line.message, attempt.id),
+            )
     presence.last_beat[device_id] = (tx.now, frozenset(missing))
     return _judge_holding(tx, device_id, holding)[1]
 

@@ -4,30 +4,39 @@ A device is a candidate while its pull is open: the assignment is written in the
 `assigned` always means "in a reply". Dispatch runs in the writer, at the end of every group of writes that changed
 something, and in the same commit.
 
-Tasks wait in lanes (what decides where they may go). Open lanes with a fitting device are served by top priority, then
-the least recently served first, each with an even share of the free slots; inside a lane by priority, then age. So
-half a million tasks that nobody may run cost nothing, and one batch does not starve another.
+A device may let short tasks wait for its slots (`ahead`); it gets them where no device that asks has a free slot.
+
+Tasks wait in lanes (what decides where and when they may go). Open lanes with a fitting device are served by top
+priority, then the least recently served first, each with an even share of the free slots; inside a lane by priority,
+then age. A lane whose limits have no room is closed until they have (limits.py). So half a million tasks that nobody
+may run cost nothing, and one account does not starve another.
 
 The strategy suggests a device for each task; what it may not choose is decided here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import json
 import logging
+import math
 import random
 import threading
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 import db
 import devices
+import limits
+from schema import FAILURES_TO_PROBATION
 from store import Store
 from strategies import Candidate, Strategy, find_strategy, least_tasks
 from transaction import Note, Tx
-from writer import StorageFailing
+from writer import StorageFailing, WriterBusy, WriterStopped
 
 log = logging.getLogger("af.dispatcher")
 
@@ -56,6 +65,7 @@ class Delivery(NamedTuple):
     priority: int
     parent_id: int | None
     execution_timeout: int
+    start_within: float | None
 
 
 @dataclass
@@ -77,7 +87,6 @@ class Waiting(NamedTuple):
     start_date: str | None
     end_date: str | None
     parent_id: int | None
-    prefer_device_id: str | None
     task_data: str
 
 
@@ -87,20 +96,29 @@ class Lane(NamedTuple):
     required_tags: str
     pinned_device_id: str
     prefer_device_id: str
+    same_device_as: str
+    prefer_seconds: float
+    shape: str
+    waiting: int
     top_priority: int
+    last_served: int
 
 
 class Ask:
     """One open pull. Open until it is taken by a dispatch, answered, or given up by its own thread.
 
-    `drain` is what its device is wanted to do; every reply says it."""
+    `drain` is what its device is wanted to do; every reply says it. `ahead`: of each short type, how many make up the
+    work that may wait on the device for a slot; `ahead_left` is the part of it that is not given yet."""
 
-    def __init__(self, device_id: str, boot_id: str | None, limit: int, seq: int | None, ack: int | None) -> None:
+    def __init__(self, device_id: str, boot_id: str | None, limit: int, seq: int | None, ack: int | None,
+                 ahead: Mapping[str, int]) -> None:  # fmt: skip
         self.device_id = device_id
         self.boot_id = boot_id
         self.limit = limit
         self.seq = seq
         self.ack = ack
+        self.ahead = ahead
+        self.ahead_left = 1.0
         self.device: devices.Device | None = None
         self.task_types: frozenset[str] = frozenset()
         self.tags: frozenset[str] = frozenset()
@@ -115,6 +133,24 @@ class Ask:
     @property
     def is_open(self) -> bool:
         return self._state == "open"
+
+    @property
+    def wants_tasks(self) -> bool:
+        return self.limit > 0 or bool(self.ahead)
+
+    @property
+    def has_room(self) -> bool:
+        return self.free > 0 or any(self.room_ahead(task_type) > 0 for task_type in self.ahead)
+
+    def room_ahead(self, task_type: str) -> int:
+        return int(self.ahead_left * self.ahead.get(task_type, 0) + 0.001)
+
+    def use(self, task_type: str, *, is_ahead: bool) -> None:
+        """It gets a task, for a free slot or to wait for one."""
+        if is_ahead:
+            self.ahead_left -= 1 / self.ahead[task_type]
+        else:
+            self.free -= 1
 
     @property
     def only_listens(self) -> bool:
@@ -148,6 +184,50 @@ class Ask:
         return self._reply
 
 
+class Round:
+    """One dispatch: who still asks, what was given to whom, and what is known of devices and limits by now."""
+
+    def __init__(self, tx: Tx, asks: list[Ask], devices_online: int) -> None:
+        self.tx = tx
+        self.asks = asks
+        self._devices_online = max(1, devices_online)
+        self.ahead: Counter[tuple[str, int]] = Counter()
+        """(device, lane) -> how many it got to wait for a slot"""
+        self.given: dict[str, tuple[Ask, list[Delivery]]] = {}
+        self.loads_known: set[str] = set()
+        self.seen: set[int] = set()
+        self._gates: dict[int, limits.Gate] = {}
+        self._gates_of: dict[int, list[limits.Gate]] = {}
+
+    @property
+    def has_gates(self) -> bool:
+        return bool(self._gates)
+
+    def fitting(self, lane: Lane) -> list[Ask]:
+        """Those with a free slot; where there is none, those that let a short task wait for one."""
+        tags = _tags_of(lane)
+        fitting = [ask for ask in self.asks if _fits(ask, lane, tags)]
+        return [ask for ask in fitting if ask.free > 0] or [ask for ask in fitting if self.room(ask, lane) > 0]
+
+    def room(self, ask: Ask, lane: Lane) -> int:
+        """Nobody gets more ahead than its share of the lane, for others will ask in a moment; and nothing that waits
+        on a device may take the place of what could run elsewhere under a limit."""
+        if ask.free > 0 or self.gates(lane):
+            return ask.free
+        share = lane.waiting // self._devices_online - self.ahead[ask.device_id, lane.id]
+        return min(ask.room_ahead(lane.task_type), share)
+
+    def gates(self, lane: Lane) -> list[limits.Gate]:
+        """What the lane's tasks have to pass; each key is looked at once in a dispatch."""
+        if lane.id not in self._gates_of:
+            keys = limits.keys_of_lane(self.tx, lane.id) if lane.shape else ()
+            for key in keys:
+                if key not in self._gates:
+                    self._gates[key] = limits.Gate(self.tx, key)
+            self._gates_of[lane.id] = [self._gates[key] for key in keys]
+        return self._gates_of[lane.id]
+
+
 class Dispatcher:
     """Holds the open pulls and, inside the writer, gives waiting tasks to them."""
 
@@ -168,6 +248,12 @@ class Dispatcher:
         self._stopping = False
         self._turns: int | None = None
         self._assignments = 0
+        self._failing: set[str] = set()
+        """devices that get one task at a time"""
+        self._patience: dict[int, tuple[str, float]] = {}
+        """lane -> the device that its tasks wait for, and until when; worked out again when it is lost"""
+        self.next_look_at = math.inf
+        """When time alone may let a task go: the scheduler asks for a dispatch then."""
         self.configured_strategy = strategy
         self.strategy_name = strategy
         self._strategy: Strategy = find_strategy(strategy)
@@ -177,12 +263,12 @@ class Dispatcher:
     # -- from the handlers' threads ---------------------------------------------------------------------------
 
     def pull(self, device_id: str, boot_id: str | None, limit: int, wait: float, seq: int | None = None,
-             ack: int | None = None) -> Reply:  # fmt: skip
+             ack: int | None = None, ahead: Mapping[str, int] = MappingProxyType({})) -> Reply:  # fmt: skip
         """Opens a pull and holds it for at most `wait` seconds, or until there is something to say.
 
         Raises UnknownDevice, Superseded, DeviceConflict, and what Store.write raises.
         """
-        ask = Ask(device_id, boot_id, limit, seq, ack)
+        ask = Ask(device_id, boot_id, limit, seq, ack, ahead)
         self._store.write(self._open, ask)
         with self._lock:
             is_full = self._held_polls >= self._max_held_polls
@@ -232,6 +318,9 @@ class Dispatcher:
             if note.verb == "cancel_attempt":
                 self._cancels.setdefault(note.facts["device"], []).append(note.facts["assignment"])
                 self._say(note.facts["device"])
+            elif self._failing and note.verb in ("complete", "fail") and note.facts["device"] in self._failing:
+                with contextlib.suppress(WriterBusy, WriterStopped):  # the next pull comes anyway
+                    self._store.writer.post(self._store.want_dispatch)
             elif note.verb == "device_wanted":
                 self._say(note.facts["device"], drain=note.facts["status"] != "active")
 
@@ -262,12 +351,11 @@ class Dispatcher:
         if again or cancels:
             ask.take()
             self._store.writer.when_committed(lambda: ask.answer(Reply(again, cancels, drain)))
-        elif (drain and ask.limit > 0) or (ask.limit == 0 and drain is not self._told.get(ask.device_id, False)):
+        elif (drain and ask.wants_tasks) or (ask.limit == 0 and drain is not self._told.get(ask.device_id, False)):
             # Said once; the device then asks with limit 0, or with its free slots, and that pull is held as usual.
-            ask.free = 0
             ask.take()
             self._store.writer.when_committed(lambda: ask.answer(Reply(drain=drain)))
-        elif ask.limit > 0:
+        elif ask.wants_tasks:
             self._store.want_dispatch()
 
     def _is_overtaken(self, ask: Ask) -> bool:
@@ -298,34 +386,140 @@ class Dispatcher:
 
     def dispatch(self, tx: Tx) -> None:
         """Gives waiting tasks to the open pulls until one side runs out; their replies leave with the commit."""
+        self.next_look_at = math.inf
+        held = tx.execute(_HELD_SQL).fetchall()
+        self._failing = {name for scope, name in held if scope == "failing"}
+        has_closed_keys = ("look_at", None) not in held
+        if ("all", "") in held or not (has_closed_keys or ("open", 1) in held):
+            return  # so that a thousand idle devices cost nothing while nothing waits
         with self._lock:
             # A device that said goodbye is not seen any more; a pull that it left behind would swallow a task.
             present = self._presence.seen
-            asks = [ask for ask in self._asks.values() if ask.is_open and ask.free > 0 and ask.device_id in present]
-        if not asks:
+            asks = [ask for ask in self._asks.values() if ask.is_open and ask.wants_tasks and ask.device_id in present]
+        now = Round(tx, self._with_room(tx, asks), len(self._presence.online))
+        if not now.asks:
             return
-        given: dict[str, tuple[Ask, list[Delivery]]] = {}
-        loads_known: set[str] = set()
-        queue = [(-lane.top_priority, order, lane) for order, lane in enumerate(_open_lanes(tx, asks))]
-        heapq.heapify(queue)
-        while queue:
-            negative_priority, order, lane = heapq.heappop(queue)
-            fitting = [ask for ask in asks if ask.free > 0 and _fits(ask, lane)]
-            if not fitting:
-                continue
-            peers = 1 + sum(1 for other in queue if other[0] == negative_priority)
-            share = min(max(1, sum(ask.free for ask in fitting) // peers), TASKS_A_VISIT)
-            waiting = _take_from(tx, lane, -negative_priority, share)
-            for task in waiting:
-                if fitting:
-                    self._give(tx, task, fitting, given, loads_known)
-            if waiting:
-                tx.execute("UPDATE af_lane SET last_served = ? WHERE id = ?", (self._next_turn(tx), lane.id))
-            top = _top_priority(tx, lane)
-            if top is not None:
-                heapq.heappush(queue, (-top, order + len(queue) + 1, lane))
-        for ask, deliveries in given.values():
+        if has_closed_keys:
+            limits.reopen(tx)
+        task_types = {name for ask in now.asks for name in ask.task_types if ("type", name) not in held}
+        is_more = True
+        while now.asks and is_more:
+            lanes, is_more = self._open_lanes(now, sorted(task_types))
+            self._serve(now, lanes)
+        if has_closed_keys or now.has_gates or self._patience:
+            self.next_look_at = min(limits.next_look(tx) or math.inf, self._next_patience(tx.now))
+        for ask, deliveries in now.given.values():
             self._reply_with(ask, deliveries)
+
+    def _with_room(self, tx: Tx, asks: Iterable[Ask]) -> list[Ask]:
+        """A device that fails everything has one slot: it must not eat the queue."""
+        for ask in asks:
+            ask.free = ask.limit
+            if ask.device_id in self._failing:
+                ask.free, ask.ahead = (0 if db.active_attempts(tx, ask.device_id) else 1), {}
+        return [ask for ask in asks if ask.has_room]
+
+    def _open_lanes(self, now: Round, task_types: Sequence[str]) -> tuple[list[Lane], bool]:
+        """Open lanes that some asking device fits, the first to be served first, and whether there may be more.
+
+        They are read as far as slots are free, so that many lanes cost no more than those that are served.
+        """
+        lanes: list[Lane] = []
+        wanted = min(2 * sum(ask.free for ask in now.asks) + 10, LANE_LIMIT - len(now.seen))
+        streams = [_lanes_of(now.tx, task_type) for task_type in task_types]
+        for lane in heapq.merge(*streams, key=lambda lane: (-lane.top_priority, lane.last_served, lane.id)):
+            if len(lanes) == wanted:
+                return lanes, len(now.seen) < LANE_LIMIT
+            if lane.id not in now.seen and now.fitting(lane) and not self._is_patient(now, lane):
+                now.seen.add(lane.id)
+                lanes.append(lane)
+        return lanes, False
+
+    def _serve(self, now: Round, lanes: Iterable[Lane]) -> None:
+        """Visits these lanes by priority, in turn, until they are empty or nobody asks any more."""
+        queue = [(-lane.top_priority, turn, lane) for turn, lane in enumerate(lanes)]
+        turn = len(queue)
+        peers = Counter(entry[0] for entry in queue)
+        heapq.heapify(queue)
+        while queue and now.asks:
+            negative_priority, _, lane = heapq.heappop(queue)
+            next_priority = self._visit(now, lane, -negative_priority, peers[negative_priority])
+            peers[negative_priority] -= 1
+            if next_priority is not None:
+                turn += 1
+                peers[-next_priority] += 1
+                heapq.heappush(queue, (-next_priority, turn, lane))
+
+    def _visit(self, now: Round, lane: Lane, priority: int, peers: int) -> int | None:
+        """Gives the lane's share to devices; the priority of its next task, or None if nothing more can go now."""
+        tx = now.tx
+        fitting = now.fitting(lane)
+        gates = now.gates(lane)
+        room = min((gate.room for gate in gates), default=TASKS_A_VISIT)
+        if not fitting:
+            return None
+        if room <= 0:
+            next(gate for gate in gates if gate.room <= 0).close(lane.id)
+            return None
+        share = min(max(1, sum(now.room(ask, lane) for ask in fitting) // peers), TASKS_A_VISIT, room)
+        waiting_since = math.inf
+        if lane.prefer_seconds:
+            preferred = self._preferred(tx, lane)
+            if preferred is None:
+                share = 1  # whoever gets it is where the next ones go
+            elif any(ask.device_id == preferred for ask in fitting):
+                fitting = [ask for ask in fitting if ask.device_id == preferred]
+            else:
+                waiting_since = tx.now - lane.prefer_seconds
+                top = _top_priority(tx, lane, waiting_since)
+                if top is None:
+                    self._be_patient(tx, lane, preferred)
+                    return None
+                priority = top
+        n = self._give(now, lane, _take_from(tx, lane, priority, share, waiting_since), fitting)
+        if n == 0:
+            return None
+        for gate in gates:
+            gate.start(n)
+        tx.serve_lane(lane.id, self._next_turn(tx))
+        now.asks = [ask for ask in now.asks if ask.has_room]
+        return _top_priority(tx, lane)
+
+    # -- tasks that would rather go to one device -------------------------------------------------------------
+
+    def _preferred(self, tx: Tx, lane: Lane) -> str | None:
+        """The device that served `same_device_as` last, or the one that the lane names."""
+        row = tx.one("SELECT device_id FROM af_affinity WHERE name = ?", (lane.same_device_as,))
+        return row[0] if row else lane.prefer_device_id or None
+
+    def _be_patient(self, tx: Tx, lane: Lane, device_id: str) -> None:
+        sql = "SELECT MIN(updated_at) FROM af_crawl_tasks WHERE lane_id = ? AND status = 'pending'"
+        oldest = tx.one(sql, (lane.id,))[0]
+        if oldest is not None:
+            self._patience[lane.id] = (device_id, oldest + lane.prefer_seconds)
+
+    def _is_patient(self, now: Round, lane: Lane) -> bool:
+        """Does every task of the lane still wait for a device that does not ask?"""
+        if lane.id not in self._patience:
+            return False
+        device_id, until = self._patience[lane.id]
+        if until > now.tx.now and all(ask.device_id != device_id for ask in now.asks):
+            return True
+        del self._patience[lane.id]
+        return False
+
+    def _next_patience(self, now: float) -> float:
+        return min((until for _, until in self._patience.values() if until > now), default=math.inf)
+
+    def _remember(self, tx: Tx, name: str, device_id: str) -> None:
+        """From now on tasks with this same_device_as go there."""
+        row = tx.one("SELECT device_id FROM af_affinity WHERE name = ?", (name,))
+        if row is None or row[0] != device_id:
+            self._patience.clear()
+        sql = "INSERT OR REPLACE INTO af_affinity (name, device_id, served_at) VALUES (?, ?, ?)"
+        tx.execute(sql, (name, device_id, tx.now))
+
+    # -- one task ---------------------------------------------------------------------------------------------
 
     def _next_turn(self, tx: Tx) -> int:
         """Grows with every visit, also over a restart."""
@@ -334,44 +528,53 @@ class Dispatcher:
         self._turns += 1
         return self._turns
 
-    def _give(self, tx: Tx, waiting: Waiting, fitting: list[Ask], given: dict[str, tuple[Ask, list[Delivery]]],
-              loads_known: set[str]) -> None:  # fmt: skip
-        """Gives one task to one of the fitting asks; an ask that has no slot left leaves the list."""
-        ask = self._choose(tx, waiting, fitting, loads_known)
-        if ask.device_id not in given and not self._take(ask):
-            fitting.remove(ask)
-            return
-        task = waiting.task
-        assigned = db.assign(tx, task, ask.device_id, pull_seq=ask.seq, is_delivered=ask.seq is None)
-        deliveries = given.setdefault(ask.device_id, (ask, []))[1]
-        if assigned is None:
-            return
-        ask.free -= 1
-        if ask.free == 0:
-            fitting.remove(ask)
-        ask.candidate.load += 1
-        self._assignments += 1
-        ask.candidate.last_assigned_seq = self._assignments
-        deliveries.append(_delivery(waiting, assigned))
+    def _give(self, now: Round, lane: Lane, tasks: Iterable[Waiting], fitting: list[Ask]) -> int:
+        """Gives tasks to the fitting asks, one after the other; an ask that has no room left leaves the list."""
+        gifts: list[db.Gift] = []
+        chosen: list[tuple[Waiting, Ask]] = []
+        for waiting in tasks:
+            ask = self._choose(now, waiting, fitting) if fitting else None
+            if ask is None:
+                break
+            if ask.device_id not in now.given and not self._take(ask):
+                fitting.remove(ask)
+                continue
+            now.given.setdefault(ask.device_id, (ask, []))
+            is_ahead = ask.free == 0
+            within = db.START_WITHIN_SECONDS if is_ahead else None
+            gifts.append(db.Gift(waiting.task, ask.device_id, ask.seq, ask.seq is None, within))
+            chosen.append((waiting, ask))
+            now.ahead[ask.device_id, lane.id] += is_ahead
+            ask.use(lane.task_type, is_ahead=is_ahead)
+            if ask.free == 0 and not (is_ahead and now.room(ask, lane) > 0):
+                fitting.remove(ask)
+            ask.candidate.load += 1
+            self._assignments += 1
+            ask.candidate.last_assigned_seq = self._assignments
+        for (waiting, ask), gift, assigned in zip(chosen, gifts, db.assign(now.tx, gifts), strict=True):
+            now.given[ask.device_id][1].append(_delivery(waiting, assigned, gift.start_within))
+        if lane.same_device_as and chosen:
+            self._remember(now.tx, lane.same_device_as, chosen[-1][1].device_id)
+        return len(gifts)
 
     def _take(self, ask: Ask) -> bool:
         """From here on the pull waits for this commit, and hears of it if it fails."""
         if not ask.take():
-            ask.free = 0
+            ask.free, ask.ahead = 0, {}
             return False
         self._store.writer.when_undone(lambda: ask.answer(StorageFailing("the assignment could not be stored")))
         return True
 
-    def _choose(self, tx: Tx, waiting: Waiting, fitting: Sequence[Ask], loads_known: set[str]) -> Ask:
+    def _choose(self, now: Round, waiting: Waiting, fitting: Sequence[Ask]) -> Ask:
         """The strategy's pick among at most CANDIDATE_LIMIT asking devices; not the one that just failed the task."""
         asks: Sequence[Ask] = fitting
         if waiting.task.avoid_device_id:
             asks = [ask for ask in fitting if ask.device_id != waiting.task.avoid_device_id] or fitting
-        if waiting.prefer_device_id:
-            asks = [ask for ask in fitting if ask.device_id == waiting.prefer_device_id] or asks
+        if len(asks) == 1:
+            return asks[0]  # no choice, and no reason to count what it holds
         if len(asks) > CANDIDATE_LIMIT:
             asks = random.sample(asks, CANDIDATE_LIMIT)
-        _load(tx, [ask.candidate for ask in asks if ask.device_id not in loads_known], loads_known)
+        _load(now.tx, [ask.candidate for ask in asks if ask.device_id not in now.loads_known], now.loads_known)
         candidates = [ask.candidate for ask in asks]
         try:
             chosen = self._strategy(candidates, waiting)
@@ -389,55 +592,62 @@ class Dispatcher:
         self._store.writer.when_committed(lambda: ask.answer(Reply(deliveries)))
 
 
-def _fits(ask: Ask, lane: Lane) -> bool:
+def _tags_of(lane: Lane) -> list[str]:
+    return json.loads(lane.required_tags) if lane.required_tags != "[]" else []
+
+
+def _fits(ask: Ask, lane: Lane, tags: Sequence[str]) -> bool:
     if lane.pinned_device_id and lane.pinned_device_id != ask.device_id:
         return False
-    return lane.task_type in ask.task_types and ask.tags.issuperset(json.loads(lane.required_tags))
+    return lane.task_type in ask.task_types and ask.tags.issuperset(tags)
 
 
-def _open_lanes(tx: Tx, asks: Iterable[Ask]) -> list[Lane]:
-    """Lanes with waiting tasks, neither paused nor closed, that some asking device fits; in serving order."""
-    lanes = []
-    rows = tx.execute(
-        f"SELECT {', '.join('lane.' + name for name in Lane._fields)} FROM af_lane AS lane"
-        " LEFT JOIN af_batch AS batch ON batch.name = lane.batch WHERE lane.waiting > 0 AND lane.paused = 0"
-        " AND (lane.closed_until IS NULL OR lane.closed_until <= ?) AND COALESCE(batch.state, 'open') = 'open'"
-        " ORDER BY lane.top_priority DESC, lane.last_served",
-        (tx.wall,),
-    )
-    for row in rows:
-        lane = Lane(*row)
-        if any(_fits(ask, lane) for ask in asks):
-            lanes.append(lane)
-            if len(lanes) == LANE_LIMIT:
-                break
-    return lanes
+_OPEN = (
+    "FROM af_lane INDEXED BY lane_open WHERE waiting > 0 AND paused = 0 AND is_held = 0 AND is_stale = 0"
+    " AND closed_by IS NULL"
+)
+_HELD_SQL = (
+    f"SELECT 'failing', device_id FROM af_device WHERE consecutive_failures >= {FAILURES_TO_PROBATION}"
+    " UNION ALL SELECT scope, name FROM af_pause"
+    " UNION ALL SELECT 'look_at', MIN(look_at) FROM af_limit_key WHERE look_at IS NOT NULL"
+    f" UNION ALL SELECT 'open', EXISTS (SELECT 1 {_OPEN})"
+)
+"""(failing, device), what is paused, when a closed key is to be looked at, whether any lane is open: in one
+question, since it is asked often."""
+
+_LANES_SQL = f"SELECT {', '.join(Lane._fields)} {_OPEN} AND task_type = ? ORDER BY top_priority DESC, last_served, id"
+
+
+def _lanes_of(tx: Tx, task_type: str) -> Iterator[Lane]:
+    """Open lanes of this type with waiting tasks, in serving order; read as far as they are asked for."""
+    return map(Lane._make, tx.execute(_LANES_SQL, (task_type,)))
 
 
 _WAITING_SQL = (
     f"SELECT {', '.join('task.' + name for name in db.Task._fields)}, task.username, task.app_id, task.start_date,"
-    " task.end_date, task.parent_id, task.prefer_device_id, COALESCE(payload.task_data, '{}')"
+    " task.end_date, task.parent_id, COALESCE(payload.task_data, '{}')"
     " FROM af_crawl_tasks AS task"
     " LEFT JOIN af_task_payload AS payload ON payload.task_id = task.id"
 )
 
 
-def _take_from(tx: Tx, lane: Lane, priority: int, limit: int) -> list[Waiting]:
-    """The lane's oldest waiting tasks of its top priority."""
+def _take_from(tx: Tx, lane: Lane, priority: int, limit: int, waiting_since: float) -> list[Waiting]:
+    """The lane's oldest tasks of this priority that have been waiting at least since then."""
     width = len(db.Task._fields)
     rows = tx.execute(
         f"{_WAITING_SQL} WHERE task.lane_id = ? AND task.status = 'pending' AND task.priority = ?"
-        " ORDER BY task.id LIMIT ?",
-        (lane.id, priority, limit),
+        " AND task.updated_at <= ? ORDER BY task.id LIMIT ?",
+        (lane.id, priority, waiting_since, limit),
     ).fetchall()
     return [Waiting(db.Task(*row[:width]), *row[width:]) for row in rows]
 
 
-def _top_priority(tx: Tx, lane: Lane) -> int | None:
+def _top_priority(tx: Tx, lane: Lane, waiting_since: float = math.inf) -> int | None:
+    """Of the lane's tasks that have been waiting at least since then."""
     row = tx.one(
-        "SELECT priority FROM af_crawl_tasks WHERE lane_id = ? AND status = 'pending'"
+        "SELECT priority FROM af_crawl_tasks WHERE lane_id = ? AND status = 'pending' AND updated_at <= ?"
         " ORDER BY priority DESC, id LIMIT 1",
-        (lane.id,),
+        (lane.id, waiting_since),
     )
     return row[0] if row else None
 
@@ -466,23 +676,24 @@ def _unacknowledged(tx: Tx, ask: Ask) -> list[Delivery]:
         (tx.now, ask.device_id, acknowledged),
     )
     attempts = tx.execute(
-        f"SELECT id, lease_id, task_id FROM af_task_assignment {db.HELD} AND device_id = ? AND delivered_at IS NULL"
-        " ORDER BY id",
+        f"SELECT {', '.join(db.Attempt._fields)} FROM af_task_assignment {db.HELD} AND device_id = ?"
+        " AND delivered_at IS NULL ORDER BY id",
         (ask.device_id,),
     ).fetchall()
     again = []
     width = len(db.Task._fields)
-    for assignment_id, lease_id, task_id in attempts:
-        row = tx.one(f"{_WAITING_SQL} WHERE task.id = ?", (task_id,))
+    for attempt in map(db.Attempt._make, attempts):
+        row = tx.one(f"{_WAITING_SQL} WHERE task.id = ?", (attempt.task_id,))
         waiting = Waiting(db.Task(*row[:width]), *row[width:])
-        again.append(_delivery(waiting, db.Assigned(assignment_id, lease_id, waiting.task.attempt_count)))
+        assigned = db.Assigned(attempt.id, attempt.lease_id, waiting.task.attempt_count)
+        again.append(_delivery(waiting, assigned, attempt.start_within(tx.now)))
     return again
 
 
-def _delivery(waiting: Waiting, assigned: db.Assigned) -> Delivery:
+def _delivery(waiting: Waiting, assigned: db.Assigned, start_within: float | None) -> Delivery:
     task = waiting.task
     return Delivery(
         task.id, assigned.assignment_id, assigned.lease_id, assigned.attempt, task.task_type, waiting.username,
         waiting.app_id, waiting.start_date, waiting.end_date, waiting.task_data, task.batch, task.priority,
-        waiting.parent_id, task.execution_timeout,
+        waiting.parent_id, task.execution_timeout, start_within,
     )  # fmt: skip

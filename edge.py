@@ -8,6 +8,7 @@ and the line that downloads it needs no key.
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ class WorkerFile:
 
     @property
     def is_there(self) -> bool:
-        return self._path.is_file()
+        return os.access(self._path, os.R_OK) and self._path.is_file()
 
     def read(self) -> Download | None:
         """None where it was not made yet, or is gone again."""

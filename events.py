@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -43,15 +43,16 @@ class Events:
 
     def hear(self, notes: list[Note]) -> None:
         """Logs and publishes what one commit brought."""
-        many = {key for key, n in Counter((note.kind, note.verb) for note in notes).items() if n > LINES_A_COMMIT}
-        singles = [note for note in notes if (note.kind, note.verb) not in many]
-        for note in singles:
+        alike: defaultdict[tuple[str, str], list[Note]] = defaultdict(list)
+        for note in notes:
+            alike[note.kind, note.verb].append(note)
+        many = {key: group for key, group in alike.items() if len(group) > LINES_A_COMMIT}
+        told = [note for note in notes if (note.kind, note.verb) not in many] if len(many) < len(alike) else []
+        told += [_summary(kind, verb, group) for (kind, verb), group in sorted(many.items())]
+        for note in told:
             _log(note.verb, note.facts)
-        summaries = [_summary(kind, verb, notes) for kind, verb in sorted(many)]
-        for summary in summaries:
-            _log(summary.verb, summary.facts)
         with self._bell:
-            for note in [*singles, *summaries]:
+            for note in told:
                 self._last_id += 1
                 self._ring.append(Event(self._last_id, note.kind, {"verb": note.verb, **note.facts}))
             self._bell.notify_all()
@@ -102,8 +103,7 @@ class Events:
             self._bell.notify_all()
 
 
-def _summary(kind: str, verb: str, notes: list[Note]) -> Note:
-    alike = [note for note in notes if note.kind == kind and note.verb == verb]
+def _summary(kind: str, verb: str, alike: list[Note]) -> Note:
     facts: dict[str, Any] = {"count": len(alike)}
     for name in ("task", "device", "status"):
         values = {note.facts[name] for note in alike if name in note.facts}

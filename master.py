@@ -15,17 +15,23 @@ to standard output; its log goes to logs/distribution.log and to standard error.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
 import threading
 from pathlib import Path
 
+import lanes
+import limits
 import settings as settings_module
+import wire
 from access import Access
 from api import Api, routes
-from artifacts import Artifacts
-from clock import Clock
+from api_limits import wanted_limits
+from artifacts import Artifacts, copy_files
+from backlog import Backlog
+from clock import Clock, boot_seconds, machine_boot_id
 from devices import Presence
 from dispatcher import Dispatcher
 from edge import WorkerFile
@@ -34,8 +40,8 @@ from metrics import Metrics
 from reads import Reads
 from scheduler import Scheduler, Times
 from server import PortInUse, Server
-from settings import VERSION, ExitCode, Settings
-from store import DatabaseRefused, Store, last_moment, lock_database
+from settings import VERSION, ExitCode, Settings, SettingsError
+from store import DatabaseRefused, Store, backup_database, last_moment, lock_database
 from strategies import StrategyError
 from transaction import Policy
 from web import make_app
@@ -50,23 +56,37 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a master; returns its exit code."""
     parser = argparse.ArgumentParser(prog="master.py", description="Runs the master: API, dashboard and scheduler.")
     parser.add_argument("--stop-with-stdin", action="store_true", help="stop when standard input ends")
+    parser.add_argument("--backup", metavar="FOLDER", help="copy the database, in use or not, and its files; then end")
     settings, options = settings_module.from_arguments("master", argv, parser=parser)
-    settings_module.configure_logging(settings)
     path = Path(settings.database)
     try:
+        if options.backup:
+            return back_up(path, Path(options.backup))
+        settings_module.configure_logging(settings)
         with lock_database(path):
             return run(settings, path, stop_with_stdin=options.stop_with_stdin)
-    except (DatabaseRefused, PortInUse, StrategyError) as error:
+    except (DatabaseRefused, PortInUse, SettingsError, StrategyError) as error:
         print(f"master: {error}", file=sys.stderr)
-        codes = {PortInUse: ExitCode.PORT_IN_USE, StrategyError: ExitCode.SETTINGS}
+        codes = {PortInUse: ExitCode.PORT_IN_USE, SettingsError: ExitCode.SETTINGS, StrategyError: ExitCode.SETTINGS}
         return codes.get(type(error), getattr(error, "exit_code", ExitCode.DATABASE_BAD))
     except OSError as error:
         print(f"master: {error}", file=sys.stderr)
         return ExitCode.SETTINGS
 
 
+def back_up(path: Path, folder: Path) -> int:
+    """Copies the database beside a running master, and then the files of its tasks, into a new folder. Raises
+    DatabaseRefused, OSError."""
+    folder.mkdir(mode=0o700, parents=True)
+    backup_database(path, folder / path.name)
+    count = copy_files(path, folder)
+    print(f"backup {folder}: {path.name}, {count} files. To restore, stop the master and copy it all to {path.parent}.")
+    return ExitCode.OK
+
+
 def run(settings: Settings, path: Path, *, stop_with_stdin: bool = False) -> int:
-    """Everything a master is, in the order of its start. Raises DatabaseRefused, PortInUse, StrategyError, OSError."""
+    """Everything a master is, in the order of its start. Raises DatabaseRefused, PortInUse, SettingsError,
+    StrategyError, OSError."""
     server = Server(
         host=settings.host,
         port=settings.port,
@@ -86,7 +106,10 @@ def run(settings: Settings, path: Path, *, stop_with_stdin: bool = False) -> int
     )
     events = Events(settings.max_event_streams)
     store.listeners.append(events.hear)
+    wanted = _limits(settings)
     store.open()
+    store.write(limits.resume_clock, machine_boot_id(), boot_seconds())
+    store.write(lanes.apply_config, wanted)
     reads = Reads(path)
     artifacts = Artifacts(path, store, reads)
     scheduler = Scheduler(store, dispatcher, presence, _times(settings), artifacts.chores)
@@ -94,6 +117,7 @@ def run(settings: Settings, path: Path, *, stop_with_stdin: bool = False) -> int
         settings=settings,
         store=store,
         reads=reads,
+        backlog=Backlog(reads),
         artifacts=artifacts,
         dispatcher=dispatcher,
         presence=presence,
@@ -134,6 +158,14 @@ def run(settings: Settings, path: Path, *, stop_with_stdin: bool = False) -> int
         threading.Thread(target=_stop_at_end_of_input, args=(server,), name="stdin", daemon=True).start()
     scheduler.start()
     return server.serve(app, on_ready=announce, on_stop=wake_everybody, finish=finish)
+
+
+def _limits(settings: Settings) -> list[limits.Limit]:
+    """The config's limits. Raises SettingsError with what PUT /limits would say."""
+    try:
+        return wanted_limits(wire.decode(json.dumps({"limits": settings.limits}).encode(), wire.LimitsIn))
+    except wire.Invalid as error:
+        raise SettingsError("config", "limits", None, error.detail) from None
 
 
 def _policy(settings: Settings) -> Policy:

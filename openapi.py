@@ -92,6 +92,8 @@ class TaskOut(Struct, kw_only=True):
     required_tags: list[str]
     pinned_device_id: Optional[str]
     prefer_device_id: Optional[str]
+    same_device_as: Optional[str]
+    prefer_seconds: Optional[float]
     avoid_device_id: Optional[str]
     assigned_device_id: Optional[str]
     assignment_id: Optional[int]
@@ -118,6 +120,7 @@ class AttemptOut(Struct, kw_only=True):
     deadline_at: Moment
     duration_seconds: Optional[float]
     progress: Optional[float]
+    progress_message: Optional[str]
     error_message: Optional[str]
     error_type: Optional[str]
     late_outcome: Optional[str]
@@ -178,14 +181,106 @@ class WhyDeviceOut(Struct):
     excluded_because: Optional[str]
 
 
+HeldBy = Optional[Literal["closed", "max_running", "max_starts", "max_starts_per_day"]]
+
+
+class LimitKeyOut(Struct, kw_only=True):
+    """One value of a limit's key: what is counted for it, and what closes it now. closed_until: a device learned it."""
+
+    value: list[str]
+    running: int
+    starts_in_window: Optional[int]
+    starts_today: Optional[int]
+    held_by: HeldBy
+    closed_until: Moment
+    closed_reason: Optional[str]
+    next_look_seconds: Optional[float]
+
+
+class LimitHoldsOut(LimitKeyOut, kw_only=True):
+    """The limit that holds a task, and the value of its key."""
+
+    name: str
+    task_type: str
+    key: list[str]
+    max_running: Optional[int]
+    max_starts: Optional[int]
+    window_seconds: Optional[float]
+    max_starts_per_day: Optional[int]
+
+
+class LimitOut(Struct, kw_only=True):
+    """A limit, with at most 100 values of its key, closed ones first."""
+
+    name: str
+    task_type: str
+    key: list[str]
+    max_running: Optional[int]
+    max_starts: Optional[int]
+    window_seconds: Optional[float]
+    max_starts_per_day: Optional[int]
+    keys: list[LimitKeyOut]
+
+
+class LimitsOut(Struct):
+    """`moving`: so many waiting tasks still have to go to the lanes of these limits; nothing of them is sent before."""
+
+    limits: list[LimitOut]
+    moving: int
+
+
+class LimitOpenedOut(Struct):
+    name: str
+    opened: int
+
+
+class LaneOut(Struct, kw_only=True):
+    """What waiting tasks share that decides where and when they may go."""
+
+    id: int
+    task_type: str
+    batch: Optional[str]
+    required_tags: list[str]
+    pinned_device_id: Optional[str]
+    prefer_device_id: Optional[str]
+    same_device_as: Optional[str]
+    prefer_seconds: Optional[float]
+    limit_keys: list[list[str]]
+    waiting: int
+    top_priority: Optional[int]
+    paused: bool
+    paused_reason: Optional[str]
+    is_held: bool
+    is_stale: bool
+    is_closed: bool
+
+
+class LanesOut(Struct):
+    lanes: list[LaneOut]
+    next_cursor: Optional[str]
+
+
+class PauseOut(Struct):
+    """What a person holds back: all, a type, a batch or a lane."""
+
+    scope: Literal["all", "type", "batch", "lane"]
+    name: Optional[str]
+    reason: Optional[str]
+
+
+class PauseChangedOut(PauseOut):
+    paused: bool
+
+
 class WhyOut(Struct):
-    """Why a task waits, device by device."""
+    """Why a task waits, device by device. next_look_seconds null with a limit: when one of the tasks that run ends."""
 
     task_id: int
     status: TaskState
     reason: str
     detail: str
     devices: list[WhyDeviceOut]
+    limit: Optional[LimitHoldsOut]
     next_look_seconds: Optional[float]
 
 
@@ -284,13 +379,16 @@ class HeartbeatOut(Struct):
 
 
 class DeviceOut(Struct, kw_only=True):
-    """A device as in the list; status is derived from what a person wants and how long it has been silent."""
+    """A device as in the list; status is derived from what a person wants and how long it has been silent.
+
+    has_stopped: it is offline because its worker was stopped in good order."""
 
     device_id: str
     device_name: str
     device_type: Optional[str]
     ip_address: Optional[str]
     status: DeviceState
+    has_stopped: bool
     wanted: Literal["active", "draining", "disabled"]
     wanted_reason: Optional[str]
     task_types: list[str]
@@ -398,6 +496,7 @@ class OverviewOut(Struct, kw_only=True):
     devices: Counts
     rates: RatesOut
     oldest_waiting: Optional[OldestOut]
+    paused: list[PauseOut]
     strategy: str
     database_bytes: int
     writer_queue: int
@@ -539,7 +638,8 @@ def _problems(row: Operation) -> list[int]:
 
 
 def _path_parameter(name: str) -> dict[str, Any]:
-    schema = NUMBER if name in ("task_id", "artifact_id") else NAME if name == "device_id" else TEXT
+    numbers, names = ("task_id", "artifact_id", "lane_id"), ("device_id", "task_type")
+    schema = NUMBER if name in numbers else NAME if name in names else TEXT
     return {"name": name, "in": "path", "required": True, "schema": schema}
 
 

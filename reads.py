@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from peewee import SqliteDatabase
 
 from listing import ACTIVE_SQL, STATES, Walked, plan, walk_down, walk_up
+from schema import FAILURES_TO_PROBATION
 
 PAGE_SECONDS = 0.05
 COUNT_CAP = 10_000
@@ -35,12 +36,12 @@ TASK_COLUMNS = (
     "id", "task_type", "username", "app_id", "start_date", "end_date", "status", "priority", "lane_id", "batch",
     "unique_key", "parent_id", "next_run_at", "give_up_at", "execution_timeout", "max_retry_count", "retry_count",
     "lost_count", "snooze_count", "attempt_count", "required_tags", "pinned_device_id", "prefer_device_id",
-    "avoid_device_id", "assigned_device_id", "assignment_id", "end_reason", "error_message", "created_by", "created_at",
-    "started_at", "finished_at", "updated_at",
+    "same_device_as", "prefer_seconds", "avoid_device_id", "assigned_device_id", "assignment_id", "end_reason",
+    "error_message", "created_by", "created_at", "started_at", "finished_at", "updated_at",
 )  # fmt: skip
 ATTEMPT_COLUMNS = (
     "id", "task_id", "device_id", "status", "assigned_at", "delivered_at", "started_at", "completed_at", "deadline_at",
-    "duration_seconds", "progress", "error_message", "error_type", "late_outcome", "late_at",
+    "duration_seconds", "progress", "progress_message", "error_message", "error_type", "late_outcome", "late_at",
 )  # fmt: skip
 DEVICE_COLUMNS = (
     "device_id", "device_name", "device_type", "ip_address", "wanted", "wanted_reason", "conflict", "task_types",
@@ -136,6 +137,9 @@ class Reads:
         """Every row at once, so that the cursor is done before the connection goes back."""
         with self._connection() as connection:
             return connection.execute(sql, values).fetchall()
+
+    rows = _all_rows
+    """For the questions that have a file of their own."""
 
     def _one(self, sql: str, values: Sequence[Any] = ()) -> tuple[Any, ...] | None:
         rows = self._all_rows(sql, values)
@@ -291,23 +295,6 @@ class Reads:
             return None
         found = self._one("SELECT updated_at FROM af_crawl_tasks WHERE id = ? AND status = 'pending'", row)
         return None if found is None else {"task_id": row[0], "waiting_seconds": round(max(now - found[0], 0.0), 3)}
-
-    def lane(self, lane_id: int, wall: float) -> dict[str, Any] | None:
-        """What may hold a lane back: paused, is_closed (at that moment of the wall clock), and why."""
-        row = self._one(
-            "SELECT paused, paused_reason, closed_until, closed_reason, waiting FROM af_lane WHERE id = ?", (lane_id,)
-        )
-        if row is None:
-            return None
-        paused, paused_reason, closed_until, closed_reason, waiting = row
-        return {
-            "paused": bool(paused),
-            "paused_reason": paused_reason,
-            "is_closed": closed_until is not None and closed_until > wall,
-            "closed_until": iso(closed_until),
-            "closed_reason": closed_reason,
-            "waiting": waiting,
-        }
 
     # ------------------------------------------------------------------------------------ counts and minutes
 
@@ -570,9 +557,13 @@ def _device_row(row: Sequence[Any], assigned_count: int, now: float, device_time
     )  # fmt: skip
     for name in ("task_types", "tags", "system_info"):
         device[name] = json.loads(device[name]) if device[name] else None
+    # What the device says of itself comes first: without its spool it takes no task at all.
+    if device["problem"] is None and device["consecutive_failures"] >= FAILURES_TO_PROBATION:
+        device["problem"] = "failing"
     return {
         **_moments(device),
         "status": status,
+        "has_stopped": said_goodbye,
         "assigned_count": assigned_count,
         "seconds_since_heartbeat": None if silent is None else round(max(silent, 0.0), 3),
     }

@@ -1,14 +1,15 @@
 """What happens because time passed?
 
-One thread runs the jobs of JOBS. The `schedule` library only ticks: what is due is decided by the rows, with the
-moments that the store hands to each job, so a late tick is a late tick and nothing else. A job that raises is logged
-and runs again at its next time.
+One thread runs the jobs, a table in `Scheduler`. The `schedule` library only ticks: what is due is decided by the rows,
+with the moments that the store hands to each job, so a late tick is a late tick and nothing else. A job that raises is
+logged and runs again at its next time.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,9 @@ import schedule
 
 import db
 import devices
+import lanes
+import limits
+import retention
 from dispatcher import Dispatcher
 from store import Store
 from transaction import Tx
@@ -27,11 +31,15 @@ PAUSE_TICKS_SECONDS = 30.0
 """A longer gap between two ticks means that this machine slept: devices get their full time again."""
 RETURN_SECONDS = 60.0
 """After a start or a sleep, devices get this long to come back before a deadline takes their tasks."""
+GOES_ON_SECONDS = 1.0
+"""A job that returns True has more to do, and runs again at once, for so long."""
 CHUNK = 500
 PAGES_A_RUN = 1000
 MINUTES_KEPT_SECONDS = 2 * 86400.0
 THINNED_AFTER_SECONDS = 3600.0
 THINNED_TO_SECONDS = 300.0
+AFFINITY_KEPT_SECONDS = 30 * 86400.0
+"""Which device served a same_device_as last is forgotten when nothing came for so long."""
 
 
 @dataclass(frozen=True)
@@ -60,16 +68,19 @@ class Scheduler:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self.last_tick_at = 0.0
+        self._keys_seen = 0
         #             every (s)                      what happens
         self.jobs: tuple[tuple[float, Callable[[Tx], object]], ...] = (
             (times.dispatch_interval, self.dispatch),
             (1.0, self.promote_due),
-            (times.timeout_check_interval, self.release_overdue),
+            (1.0, self.release_overdue),
             (times.timeout_check_interval, self.release_silent),
             (60.0, self.remember_time),
             (300.0, self.thin_heartbeats),
             (10.0, self.delete_finished),
             (600.0, self.roll_up),
+            (1.0, self.reshape_lanes),
+            (30.0, self.forget_lanes),
         )
         self.chores = tuple(chores)
 
@@ -87,13 +98,21 @@ class Scheduler:
             clock.every(max(1, round(seconds))).seconds.do(self._run_job, job)
         for seconds, chore in self.chores:
             clock.every(max(1, round(seconds))).seconds.do(self._run_chore, chore)
-        while not self._stop.wait(TICK_SECONDS):
+        while not self._stop.wait(self._pause()):
             self._notice_sleep()
             clock.run_pending()
+            if self._dispatcher.next_look_at <= self._store.moments()[0]:
+                self._run_job(self.dispatch)
+
+    def _pause(self) -> float:
+        """A tick, or less where a limit opens before that: 20 ms at least."""
+        return min(TICK_SECONDS, max(0.02, self._dispatcher.next_look_at - self._store.moments()[0]))
 
     def _run_job(self, job: Callable[[Tx], object]) -> None:
+        until = time.monotonic() + GOES_ON_SECONDS
         try:
-            self._store.write(job)
+            while self._store.write(job) is True and time.monotonic() < until and not self._stop.is_set():
+                pass
         except Exception:
             # Caught here because a job that raises would leave the library's loop and never run again.
             log.exception("%s failed; it runs again at its next time", job.__name__)
@@ -123,7 +142,8 @@ class Scheduler:
         return db.promote(tx, CHUNK)
 
     def release_overdue(self, tx: Tx) -> int:
-        """Takes back tasks that are over their time and over the worker's own time to kill them."""
+        """Takes back tasks that are over their time and over the worker's own time to kill them, and what was given
+        ahead of a free slot and has not begun."""
         if tx.now - self._presence.watching_since < min(RETURN_SECONDS, self._times.device_timeout):
             return 0
         return sum(db.release(tx, attempt, "timeout") is not None for attempt in db.overdue_attempts(tx, CHUNK))
@@ -160,9 +180,9 @@ class Scheduler:
     def delete_finished(self, tx: Tx) -> int:
         """Retention: a small batch at a time, its pages given back to the disk, emptied batches forgotten."""
         finished_before = tx.now - self._times.retention_days * 86400.0
-        deleted = db.delete_finished(tx, finished_before, CHUNK)
+        deleted = retention.delete_finished(tx, finished_before, CHUNK)
         if deleted:
-            db.forget_empty_batches(tx, finished_before)
+            retention.forget_empty_batches(tx, finished_before)
         give_pages_back(tx, PAGES_A_RUN)
         return deleted
 
@@ -179,6 +199,17 @@ class Scheduler:
         tx.execute("DELETE FROM af_minute WHERE minute_at < ?", (until,))
         kept_since = tx.now - max(self._times.retention_days, 30.0) * 86400.0
         tx.execute("DELETE FROM af_hour WHERE hour_at < ?", (kept_since,))
+
+    def reshape_lanes(self, tx: Tx) -> bool:
+        """Limits were changed: waiting tasks go to the lanes that hold now."""
+        return lanes.reshape(tx)
+
+    def forget_lanes(self, tx: Tx) -> None:
+        """Lanes, keys and starts that count for nothing any more, some thousands at a time."""
+        lanes.forget_idle_lanes(tx, CHUNK * 4)
+        limits.forget_starts(tx, CHUNK * 10)
+        self._keys_seen = limits.forget_keys(tx, self._keys_seen, CHUNK * 4)
+        lanes.forget_affinities(tx, tx.now - AFFINITY_KEPT_SECONDS, CHUNK)
 
 
 def give_pages_back(tx: Tx, limit: int) -> None:

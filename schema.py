@@ -22,10 +22,12 @@ from peewee import (
 
 APPLICATION_ID = 0x41464431
 """PRAGMA application_id of our files: "AFD1"."""
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 TASK_STATES = ("scheduled", "pending", "assigned", "running", "completed", "failed", "cancelled")
 ATTEMPT_STATES = ("assigned", "running", "completed", "failed", "snoozed", "timeout", "released", "cancelled")
 ACTIVE = "'assigned', 'running'"
+FAILURES_TO_PROBATION = 5
+"""A device that fails so many tasks in a row gets one at a time until it succeeds."""
 
 database_proxy = Proxy()
 
@@ -69,6 +71,8 @@ class CrawlTask(Table):
     required_tags = TextField(constraints=[SQL("DEFAULT '[]'")])
     pinned_device_id = TextField(null=True)
     prefer_device_id = TextField(null=True)
+    same_device_as = TextField(null=True)
+    prefer_seconds = DoubleField(null=True)
     avoid_device_id = TextField(null=True)
     assigned_device_id = TextField(null=True)
     assignment_id = IntegerField(null=True)
@@ -125,6 +129,7 @@ class TaskAssignment(Table):
     log_tail = TextField(null=True)
     late_outcome = TextField(null=True)
     late_at = DoubleField(null=True)
+    progress_message = TextField(null=True)
 
     class Meta:
         table_name = "af_task_assignment"
@@ -203,23 +208,112 @@ class DeviceHeartbeat(Table):
 
 
 class Lane(Table):
+    """What waiting tasks share that decides where and when they may go. `shape` names the limits that it was made
+    under (their ids), `limit_keys` holds the tasks' value for each of them."""
+
     id = _autoincrement()
     task_type = TextField()
     required_tags = TextField()
     pinned_device_id = TextField()
     prefer_device_id = TextField()
+    same_device_as = TextField()
+    prefer_seconds = DoubleField()
     batch = TextField()
+    shape = TextField()
+    limit_keys = TextField()
     waiting = IntegerField(constraints=[SQL("DEFAULT 0"), Check("waiting >= 0")])
+    unfinished = IntegerField(constraints=[SQL("DEFAULT 0"), Check("unfinished >= waiting")])
     top_priority = IntegerField(null=True)
     paused = BooleanField(constraints=[SQL("DEFAULT 0")])
     paused_reason = TextField(null=True)
-    closed_until = DoubleField(null=True)
-    closed_reason = TextField(null=True)
+    is_held = BooleanField(constraints=[SQL("DEFAULT 0")])
+    is_stale = BooleanField(constraints=[SQL("DEFAULT 0")])
+    closed_by = IntegerField(null=True)
     last_served = IntegerField(constraints=[SQL("DEFAULT 0")])
 
     class Meta:
         table_name = "af_lane"
-        indexes = ((("task_type", "required_tags", "pinned_device_id", "prefer_device_id", "batch"), True),)
+
+
+class Limit(Table):
+    id = _autoincrement()
+    name = TextField()
+    task_type = TextField()
+    fields = TextField()
+    max_running = IntegerField(null=True)
+    max_starts = IntegerField(null=True)
+    window_seconds = DoubleField(null=True)
+    max_starts_per_day = IntegerField(null=True)
+
+    class Meta:
+        table_name = "af_limit"
+        constraints = [Check("(max_starts IS NULL) = (window_seconds IS NULL)")]
+
+
+class LimitKey(Table):
+    """One value of a limit's key (an account, a host): how many of its tasks run, and what closes it."""
+
+    id = _autoincrement()
+    limit_id = IntegerField()
+    value = TextField()
+    running = IntegerField(constraints=[SQL("DEFAULT 0"), Check("running >= 0")])
+    is_full = BooleanField(constraints=[SQL("DEFAULT 0")])
+    look_at = DoubleField(null=True)
+    closed_until = DoubleField(null=True)
+    closed_reason = TextField(null=True)
+
+    class Meta:
+        table_name = "af_limit_key"
+
+
+class LaneKey(Table):
+    lane_id = IntegerField()
+    key_id = IntegerField()
+
+    class Meta:
+        table_name = "af_lane_key"
+        primary_key = CompositeKey("lane_id", "key_id")
+
+
+class LimitStart(Table):
+    """How many tasks of a key were started in one piece of its window, or on one day."""
+
+    key_id = IntegerField()
+    span = TextField()
+    slot = IntegerField()
+    n = IntegerField()
+    last_at = DoubleField()
+    forget_at = DoubleField()
+
+    class Meta:
+        table_name = "af_limit_start"
+        primary_key = CompositeKey("key_id", "span", "slot")
+        constraints = [Check("span = 'window' OR span = 'day'")]
+
+
+class Pause(Table):
+    """What a person holds back besides batches and lanes: everything, or a task type."""
+
+    scope = TextField()
+    name = TextField()
+    reason = TextField(null=True)
+    paused_at = DoubleField()
+
+    class Meta:
+        table_name = "af_pause"
+        primary_key = CompositeKey("scope", "name")
+        constraints = [Check("scope = 'all' OR scope = 'type'")]
+
+
+class Affinity(Table):
+    """Which device served this same_device_as last."""
+
+    name = TextField(primary_key=True)
+    device_id = TextField()
+    served_at = DoubleField()
+
+    class Meta:
+        table_name = "af_affinity"
 
 
 class Batch(Table):
@@ -284,8 +378,8 @@ class Meta(Table):
 
 
 TABLES = (
-    CrawlTask, TaskPayload, TaskResult, TaskAssignment, Artifact, Device, DeviceHeartbeat, Lane, Batch, Count, Minute,
-    Hour, Meta,
+    CrawlTask, TaskPayload, TaskResult, TaskAssignment, Artifact, Device, DeviceHeartbeat, Lane, Limit, LimitKey,
+    LaneKey, LimitStart, Pause, Affinity, Batch, Count, Minute, Hour, Meta,
 )  # fmt: skip
 
 INDEXES = f"""
@@ -305,13 +399,28 @@ CREATE INDEX attempt_deadline ON af_task_assignment (deadline_at) WHERE status I
 CREATE INDEX attempt_device ON af_task_assignment (device_id, id);
 CREATE INDEX artifact_task ON af_artifact (task_id, artifact_id) WHERE dropped = 0;
 CREATE INDEX artifact_dropped ON af_artifact (artifact_id) WHERE dropped = 1;
-CREATE INDEX lane_open ON af_lane (top_priority DESC, last_served) WHERE waiting > 0;
+CREATE UNIQUE INDEX lane_place ON af_lane (task_type, batch, limit_keys, shape, required_tags, pinned_device_id,
+ prefer_device_id, same_device_as, prefer_seconds);
+CREATE INDEX lane_open ON af_lane (task_type, top_priority DESC, last_served, id)
+ WHERE waiting > 0 AND paused = 0 AND is_held = 0 AND is_stale = 0 AND closed_by IS NULL;
+CREATE INDEX lane_waiting ON af_lane (last_served, id) WHERE waiting > 0;
+CREATE INDEX lane_closed ON af_lane (closed_by, top_priority DESC, last_served) WHERE closed_by IS NOT NULL;
+CREATE INDEX lane_stale ON af_lane (id) WHERE is_stale = 1 AND waiting > 0;
+CREATE INDEX lane_idle ON af_lane (id) WHERE unfinished = 0 AND paused = 0;
+CREATE UNIQUE INDEX limit_name ON af_limit (name);
+CREATE UNIQUE INDEX limit_key_value ON af_limit_key (limit_id, value);
+CREATE INDEX limit_key_look ON af_limit_key (look_at) WHERE look_at IS NOT NULL;
+CREATE INDEX lane_key_key ON af_lane_key (key_id);
+CREATE INDEX device_failing ON af_device (device_id) WHERE consecutive_failures >= 5;
+CREATE INDEX limit_start_age ON af_limit_start (forget_at);
+CREATE INDEX affinity_age ON af_affinity (served_at);
 CREATE INDEX beat_device ON af_device_heartbeat (device_id, heartbeat_at);
 CREATE INDEX beat_age ON af_device_heartbeat (heartbeat_at);
 """
 
 UPGRADES = {
     2: """
+ALTER TABLE af_task_assignment ADD COLUMN progress_message TEXT;
 ALTER TABLE af_device ADD COLUMN problem TEXT;
 ALTER TABLE af_device ADD COLUMN clock_skew_seconds REAL;
 CREATE TABLE "af_artifact" ("artifact_id" INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT, "task_id" INTEGER NOT NULL,
@@ -320,6 +429,55 @@ CREATE TABLE "af_artifact" ("artifact_id" INTEGER NOT NULL PRIMARY KEY AUTOINCRE
 CREATE UNIQUE INDEX "af_artifact_assignment_id_name" ON "af_artifact" ("assignment_id", "name");
 CREATE INDEX artifact_task ON af_artifact (task_id, artifact_id) WHERE dropped = 0;
 CREATE INDEX artifact_dropped ON af_artifact (artifact_id) WHERE dropped = 1;
+""",
+    3: """
+ALTER TABLE af_crawl_tasks ADD COLUMN same_device_as TEXT;
+ALTER TABLE af_crawl_tasks ADD COLUMN prefer_seconds REAL;
+CREATE TABLE "new_lane" ("id" INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT, "task_type" TEXT NOT NULL,
+  "required_tags" TEXT NOT NULL, "pinned_device_id" TEXT NOT NULL, "prefer_device_id" TEXT NOT NULL,
+  "same_device_as" TEXT NOT NULL, "prefer_seconds" REAL NOT NULL, "batch" TEXT NOT NULL, "shape" TEXT NOT NULL,
+  "limit_keys" TEXT NOT NULL, "waiting" INTEGER NOT NULL DEFAULT 0 CHECK (waiting >= 0),
+  "unfinished" INTEGER NOT NULL DEFAULT 0 CHECK (unfinished >= waiting), "top_priority" INTEGER,
+  "paused" INTEGER NOT NULL DEFAULT 0, "paused_reason" TEXT, "is_held" INTEGER NOT NULL DEFAULT 0,
+  "is_stale" INTEGER NOT NULL DEFAULT 0, "closed_by" INTEGER, "last_served" INTEGER NOT NULL DEFAULT 0);
+INSERT INTO new_lane (id, task_type, required_tags, pinned_device_id, prefer_device_id, same_device_as, prefer_seconds,
+  batch, shape, limit_keys, waiting, unfinished, top_priority, paused, paused_reason, is_held, last_served)
+  SELECT id, task_type, required_tags, pinned_device_id, prefer_device_id, '',
+  CASE WHEN prefer_device_id = '' THEN 0 ELSE 30 END, batch, '', '[]', waiting,
+  COALESCE(counted.n, 0), top_priority, paused,
+  paused_reason, COALESCE((SELECT state <> 'open' FROM af_batch WHERE name = af_lane.batch), 0), last_served
+  FROM af_lane LEFT JOIN (SELECT lane_id, COUNT(*) AS n FROM af_crawl_tasks WHERE finished_at IS NULL
+  GROUP BY lane_id) AS counted ON counted.lane_id = af_lane.id;
+DROP TABLE af_lane;
+ALTER TABLE new_lane RENAME TO af_lane;
+CREATE TABLE "af_limit" ("id" INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT, "name" TEXT NOT NULL,
+  "task_type" TEXT NOT NULL, "fields" TEXT NOT NULL, "max_running" INTEGER, "max_starts" INTEGER,
+  "window_seconds" REAL, "max_starts_per_day" INTEGER, CHECK ((max_starts IS NULL) = (window_seconds IS NULL)));
+CREATE TABLE "af_limit_key" ("id" INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT, "limit_id" INTEGER NOT NULL,
+  "value" TEXT NOT NULL, "running" INTEGER NOT NULL DEFAULT 0 CHECK (running >= 0),
+  "is_full" INTEGER NOT NULL DEFAULT 0, "look_at" REAL, "closed_until" REAL, "closed_reason" TEXT);
+CREATE TABLE "af_lane_key" ("lane_id" INTEGER NOT NULL, "key_id" INTEGER NOT NULL, PRIMARY KEY ("lane_id", "key_id"));
+CREATE TABLE "af_limit_start" ("key_id" INTEGER NOT NULL, "span" TEXT NOT NULL, "slot" INTEGER NOT NULL,
+  "n" INTEGER NOT NULL, "last_at" REAL NOT NULL, "forget_at" REAL NOT NULL, PRIMARY KEY ("key_id", "span", "slot"),
+  CHECK (span = 'window' OR span = 'day'));
+CREATE TABLE "af_pause" ("scope" TEXT NOT NULL, "name" TEXT NOT NULL, "reason" TEXT, "paused_at" REAL NOT NULL,
+  PRIMARY KEY ("scope", "name"), CHECK (scope = 'all' OR scope = 'type'));
+CREATE TABLE "af_affinity" ("name" TEXT NOT NULL PRIMARY KEY, "device_id" TEXT NOT NULL, "served_at" REAL NOT NULL);
+CREATE UNIQUE INDEX lane_place ON af_lane (task_type, batch, limit_keys, shape, required_tags, pinned_device_id,
+ prefer_device_id, same_device_as, prefer_seconds);
+CREATE INDEX lane_open ON af_lane (task_type, top_priority DESC, last_served, id)
+ WHERE waiting > 0 AND paused = 0 AND is_held = 0 AND is_stale = 0 AND closed_by IS NULL;
+CREATE INDEX lane_waiting ON af_lane (last_served, id) WHERE waiting > 0;
+CREATE INDEX lane_closed ON af_lane (closed_by, top_priority DESC, last_served) WHERE closed_by IS NOT NULL;
+CREATE INDEX lane_stale ON af_lane (id) WHERE is_stale = 1 AND waiting > 0;
+CREATE INDEX lane_idle ON af_lane (id) WHERE unfinished = 0 AND paused = 0;
+CREATE UNIQUE INDEX limit_name ON af_limit (name);
+CREATE UNIQUE INDEX limit_key_value ON af_limit_key (limit_id, value);
+CREATE INDEX limit_key_look ON af_limit_key (look_at) WHERE look_at IS NOT NULL;
+CREATE INDEX lane_key_key ON af_lane_key (key_id);
+CREATE INDEX device_failing ON af_device (device_id) WHERE consecutive_failures >= 5;
+CREATE INDEX limit_start_age ON af_limit_start (forget_at);
+CREATE INDEX affinity_age ON af_affinity (served_at);
 """,
 }
 """What makes a file of the version before into this version: the tables of a new file, reached in steps."""

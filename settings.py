@@ -26,7 +26,7 @@ import urllib.parse
 from enum import IntEnum
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, Callable, Collection, Iterator, Mapping, NoReturn, Sequence, Union
+from typing import Any, Callable, Collection, Iterator, Mapping, NoReturn, Sequence, Union, cast
 
 try:
     import fcntl
@@ -53,7 +53,7 @@ EXAMPLE_KEYS = ("your-secure-api-key-here", "your-api-key", "changeme", "change-
 LONGEST_TEXT = 4096
 LARGEST_FILE_BYTES = 1024 * 1024
 
-Value = Union[str, int, float, bool, "tuple[str, ...]", "dict[str, str]"]
+Value = Union[str, int, float, bool, "tuple[str, ...]", "dict[str, str]", "tuple[dict[str, Any], ...]"]
 
 
 class ExitCode(IntEnum):
@@ -207,6 +207,20 @@ def _check_paths(value: tuple[str, ...]) -> str | None:
     return None if all(value) else "write paths of Python files; a relative one starts at the project's folder"
 
 
+def _check_limits(value: tuple[dict[str, Any], ...]) -> str | None:
+    """Only the outline: what a limit may say is checked by the master, as for PUT /limits."""
+    if len(value) <= 100 and all(isinstance(limit.get("name"), str) for limit in value):
+        return None
+    return 'write at most 100 objects, each with a name, for instance {"name": "account", "key": "username"}'
+
+
+# Without numbers: accounts and sites take turns, and a device that is told to stay away says so for all.
+DEFAULT_LIMITS = (
+    {"name": "account", "key": "username"},
+    {"name": "site", "task_type": "crawl", "key": "task_data.host"},
+)
+
+
 # ---- the table ----
 
 
@@ -215,7 +229,7 @@ class Setting:
     """What is known about one key; `modes` are the programs that use it and whose config files may carry it."""
 
     name: str
-    type: str  # str, int, float, bool, tuple[str, ...] or dict[str, str]
+    type: str  # str, int, float, bool, tuple[str, ...], dict[str, str] or tuple[dict[str, Any], ...]
     default: Value
     unit: str
     minimum: float | None
@@ -273,7 +287,7 @@ class Settings:
     )
     heartbeat_interval: float = _key(30, "How often a device reports.", "seconds", minimum=0.1, maximum=3600)
     timeout_check_interval: float = _key(
-        60, "How often the master looks for tasks over their time.", "seconds", minimum=0.05, maximum=3600
+        60, "How often the master looks for devices that went silent.", "seconds", minimum=0.05, maximum=3600
     )
     device_timeout: float = _key(
         300, "After which silence a device's tasks go to others.", "seconds", minimum=0.2, maximum=604800
@@ -312,6 +326,10 @@ class Settings:
     max_queue_length: int = _key(
         10000, "How many writes may wait before 503.", "writes", modes=_ON_MASTER, minimum=1, maximum=1000000
     )
+    limits: tuple[dict[str, Any], ...] = _key(
+        DEFAULT_LIMITS, "How many tasks may run or start for each account, site or other key: docs/limits.md.",
+        modes=_ON_MASTER, check=_check_limits,
+    )  # fmt: skip
     allowed_hosts: tuple[str, ...] = _key(
         (), "Further names under which browsers may reach the master.", modes=_ON_MASTER, check=_check_allowed_hosts
     )
@@ -414,6 +432,7 @@ def _shown(key: str, value: object) -> str:
     except (ValueError, RecursionError):  # an integer of thousands of digits
         text = type(value).__name__
     text = one_line(text.encode("utf-8", "backslashreplace").decode("utf-8"))
+    text = re.sub(r"//[^/\s]*@", "//***@", text)  # a URL with a password, refused or not
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -429,6 +448,7 @@ def _advice_for_type(setting: Setting) -> str:
         "float": "write a number " + (_range_of(setting) if setting.type == "float" else ""),
         "bool": "write true or false",
         "tuple[str, ...]": 'write a list of texts, for instance ["one", "two"] (in a flag or variable also one,two)',
+        "tuple[dict[str, Any], ...]": 'write a list of objects, for instance [{"name": "account", "key": "username"}]',
         "dict[str, str]": 'write an object of texts, for instance {"name": "token"} (in a variable the same, as JSON)',
     }[setting.type]
 
@@ -443,7 +463,7 @@ def _from_text(setting: Setting, text: str) -> object:
     if setting.type == "bool":
         word = text.strip().lower()
         return True if word in ("true", "1", "yes", "on") else False if word in ("false", "0", "no", "off") else text
-    if setting.type == "dict[str, str]":
+    if setting.type in ("dict[str, str]", "tuple[dict[str, Any], ...]"):
         with contextlib.suppress(ValueError, RecursionError):
             return json.loads(text)
     if setting.type == "tuple[str, ...]":
@@ -468,7 +488,8 @@ def _of_its_type(setting: Setting, raw: object) -> Value | None:
     if setting.type == "dict[str, str]":
         is_of_texts = isinstance(raw, dict) and all(isinstance(part, str) for pair in raw.items() for part in pair)
         return dict(raw) if isinstance(raw, dict) and is_of_texts else None
-    if isinstance(raw, (list, tuple)) and all(isinstance(part, str) for part in raw):
+    of = dict if setting.type == "tuple[dict[str, Any], ...]" else str
+    if isinstance(raw, (list, tuple)) and all(isinstance(part, of) for part in raw):
         return tuple(raw)
     return None
 
@@ -485,7 +506,8 @@ def _checked(setting: Setting, raw: object, where: str) -> Value:
         if not setting.minimum <= value <= setting.maximum:  # also what is not a number: it compares with nothing
             raise SettingsError(where, setting.name, raw, _advice_for_type(setting))
         return value
-    texts = (value,) if isinstance(value, str) else value if isinstance(value, tuple) else ()
+    listed = value if isinstance(value, tuple) else ()
+    texts = [value] if isinstance(value, str) else [part for part in listed if isinstance(part, str)]
     # A secret goes to its own check, whose sentence says more.
     if not setting.secret and not all(_is_plain_text(text) for text in texts):
         raise SettingsError(where, setting.name, raw, f"write at most {LONGEST_TEXT} characters without control signs")
@@ -642,7 +664,8 @@ def _completed(mode: str, file_mode: str, values: dict[str, Value], sources: dic
     for setting in SETTINGS:
         if setting.is_path:
             value = values.get(setting.name, setting.default)
-            values[setting.name] = tuple(map(_absolute, value)) if isinstance(value, tuple) else _absolute(str(value))
+            paths = cast("tuple[str, ...]", value) if isinstance(value, tuple) else ()
+            values[setting.name] = tuple(map(_absolute, paths)) if isinstance(value, tuple) else _absolute(str(value))
     return dataclasses.replace(Settings(), **values)  # type: ignore[arg-type]
 
 
@@ -694,10 +717,11 @@ def add_arguments(parser: argparse.ArgumentParser, mode: str, keys: Collection[s
     parser.add_argument("--version", action="version", version=f"af-distribution {VERSION}")
     for setting in SETTINGS:
         if mode in setting.modes and not setting.secret and (keys is None or setting.name in keys):
-            shown = ",".join(setting.default) if isinstance(setting.default, tuple) else setting.default
+            of_texts = setting.type == "tuple[str, ...]"
+            shown = ",".join(cast("tuple[str, ...]", setting.default)) if of_texts else setting.default
             parser.add_argument(
                 setting.flag,
-                action="append" if setting.type.startswith("tuple") else "store",
+                action="append" if setting.type == "tuple[str, ...]" else "store",
                 metavar=setting.unit.split(" ")[-1].upper() or setting.name.split("_")[-1].upper(),
                 help=f"{setting.sentence} Default: {shown}".replace("%", "%%") if shown != "" else setting.sentence,
             )

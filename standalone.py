@@ -83,8 +83,10 @@ def _run_job(options: argparse.Namespace, settings: Settings, family: Family) ->
     """The crawl that was asked for; it returns early when everything is being stopped."""
     url = _loopback(family.url)
     if options.crawl:
-        demo.crawl(options.crawl, options.max_pages, options.depth, master_url=url, api_key=settings.api_key,
-                   output_folder=options.output / "crawl", stop=family.stopping)  # fmt: skip
+        found = demo.crawl(options.crawl, options.max_pages, options.depth, master_url=url, api_key=settings.api_key,
+                           output_folder=options.output / "crawl", stop=family.stopping)  # fmt: skip
+        if options.exit and found is not None and not found.pages:
+            raise CommandFailed(f"no page of {options.crawl} could be fetched; the lines above say why")
     else:
         site = Path(settings.database).parent / "demo-site"
         demo.run(url, settings.api_key, site, options.output / "demo", stop=family.stopping)
@@ -99,7 +101,7 @@ class Child:
         self.process: subprocess.Popen[str] | None = None
         self.exit_code = 0
         self._stopping = stopping
-        self._wait_seconds = RESTART_SECONDS[0]
+        self._wait_seconds = self._passing_seconds = RESTART_SECONDS[0]
         self._ready = threading.Event()
         self._patient_until = time.monotonic() + PATIENCE_SECONDS
         self.ready_line = ""
@@ -129,9 +131,11 @@ class Child:
                 print(line, end="", flush=True)
         self.exit_code = process.wait()
         process.stdout.close()
-        if self.exit_code in PASSING and time.monotonic() < self._patient_until and not self._stopping.wait(1.0):
-            self.start()
-            return
+        if self.exit_code in PASSING and time.monotonic() < self._patient_until:
+            self._passing_seconds *= 2  # it says the same sentence each time
+            if not self._stopping.wait(self._passing_seconds / 2):
+                self.start()
+                return
         self._ready.set()
         if not self._stopping.is_set() and self.exit_code not in HOPELESS and self.ready_line:
             log.error("%s ended with %d; it starts again in %.0f s", self.script, self.exit_code, self._wait_seconds)

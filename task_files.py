@@ -157,9 +157,9 @@ def _read_json(path: Path, file: IO[str]) -> Iterator[Line]:
 
 
 TEXT_FIELDS = ("task_type", "username", "app_id", "start_date", "end_date", "batch", "unique_key", "run_at",
-               "pinned_device_id", "prefer_device_id", "if_exists")  # fmt: skip
+               "pinned_device_id", "prefer_device_id", "same_device_as", "if_exists")  # fmt: skip
 NUMBER_FIELDS = ("priority", "parent_id", "delay_seconds", "give_up_seconds", "execution_timeout_seconds",
-                 "max_retry_count", "max_batch_tasks")  # fmt: skip
+                 "max_retry_count", "max_batch_tasks", "prefer_seconds")  # fmt: skip
 
 
 def _read_csv(path: Path, file: IO[str]) -> Iterator[Line]:

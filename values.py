@@ -53,6 +53,9 @@ ARTIFACT_NAME_PATTERN = r"^[A-Za-z0-9_\-][A-Za-z0-9._\-]{0,99}$(?!\n)"
 ARTIFACT_NAME_RULE = "1 to 100 of A-Z a-z 0-9 . _ -, without a dot at the start"
 SHA256_PATTERN = r"^[0-9a-f]{64}$(?!\n)"
 SHA256_RULE = "64 hex digits in lower case"
+TYPE_PATTERN = r"^[A-Za-z0-9_.\-*?]{1,64}$(?!\n)"
+KEY_FIELD_PATTERN = r"^(username|app_id|batch|start_date|end_date|task_data\.[A-Za-z0-9_\-]{1,64})$(?!\n)"
+KEY_RULE = "username, app_id, batch, start_date, end_date or task_data.NAME, or a list of at most 8 of them"
 STRATEGY_PATTERN = r"^[A-Za-z_][A-Za-z0-9_.]{0,127}(:[A-Za-z_][A-Za-z0-9_]{0,127})?$(?!\n)"
 NAME_RULE = "1 to 64 of A-Z a-z 0-9 _ . -"
 
@@ -101,6 +104,12 @@ TaskTypes = Annotated[list[Name], at_most(256, f"names ({NAME_RULE})")]
 ArtifactName = Annotated[str, rule(ARTIFACT_NAME_RULE, pattern=ARTIFACT_NAME_PATTERN)]
 ArtifactBytes = Annotated[int, whole(0, BIGGEST_INTEGER)]
 Sha256 = Annotated[str, rule(SHA256_RULE, pattern=SHA256_PATTERN)]
+TypePattern = Annotated[str, rule("a task type, or a pattern with * and ?", pattern=TYPE_PATTERN)]
+# The pattern is checked by hand: msgspec 0.22 frees memory twice when one kind of a union has one.
+Key = Annotated[str | list[str], rule(KEY_RULE)]
+Number = Annotated[int, whole(1, 1_000_000_000)]
+Window = Annotated[float, number(0.1, 2_678_400, "of seconds ")]
+PreferSeconds = Annotated[float, number(0, 604_800, "of seconds ")]
 Weight = Annotated[float, number(0.01, 1000)]
 Slots = Annotated[int, whole(1, 1000)]
 Sequence = Annotated[int, whole(0, BIGGEST_INTEGER)]

@@ -33,6 +33,8 @@ from values import (
     CONTROL,
     EMPTY_OBJECT,
     ERROR_MESSAGE_LENGTH,
+    KEY_FIELD_PATTERN,
+    KEY_RULE,
     MAX_TASKS,
     NAME_PATTERN,
     NAME_RULE,
@@ -53,10 +55,13 @@ from values import (
     FreeText,
     Id,
     Invalid,
+    Key,
     Line128,
     Moment,
     Name,
+    Number,
     Percent,
+    PreferSeconds,
     Priority,
     Reason,
     ResultData,
@@ -70,9 +75,11 @@ from values import (
     TaskData,
     TaskTypes,
     Timeout,
+    TypePattern,
     UniqueKey,
     Wait,
     Weight,
+    Window,
     at_most,
     check_days,
     check_each,
@@ -95,6 +102,7 @@ from values import (
 )
 
 T = TypeVar("T")
+LONGEST_CLOSING_SECONDS = 31 * 86400.0
 LAST_YEAR = 2999  # what follows from a time (an end after days, another zone) must still be one that Python can write
 
 
@@ -129,7 +137,7 @@ class StrictBody(Body, forbid_unknown_fields=True):
 class TaskIn(StrictBody, kw_only=True):
     """One task to submit."""
 
-    LINES: ClassVar[tuple[str, ...]] = ("username", "app_id", "batch", "unique_key")
+    LINES: ClassVar[tuple[str, ...]] = ("username", "app_id", "batch", "unique_key", "same_device_as")
 
     task_type: Name
     username: Optional[Line128] = None
@@ -149,6 +157,8 @@ class TaskIn(StrictBody, kw_only=True):
     required_tags: Optional[Tags] = None
     pinned_device_id: Optional[Name] = None
     prefer_device_id: Optional[Name] = None
+    same_device_as: Optional[Line128] = None
+    prefer_seconds: Optional[PreferSeconds] = None
     if_exists: Literal["return", "requeue_failed"] = "return"
     max_batch_tasks: Optional[BatchLimit] = None
 
@@ -172,6 +182,8 @@ class TaskIn(StrictBody, kw_only=True):
             raise invalid(where + "run_at", "must not be given together with delay_seconds; send one of them")
         if self.run_at is not None and self.run_at.year > LAST_YEAR:
             raise invalid(where + "run_at", f"must not be after the year {LAST_YEAR}")
+        if self.prefer_seconds is not None and self.prefer_device_id is None and self.same_device_as is None:
+            raise invalid(where + "prefer_seconds", "needs prefer_device_id or same_device_as; send one of them")
         if self.max_batch_tasks is not None and self.batch is None:
             raise invalid(where + "max_batch_tasks", "needs a batch to count in; send batch too, or leave it out")
         if screen.strings:
@@ -262,6 +274,54 @@ class StrategyIn(StrictBody):
     """A strategy's name, or module:name for one's own."""
 
     strategy: Annotated[str, rule("a strategy's name, or module:name", pattern=STRATEGY_PATTERN)]
+
+
+class LimitIn(StrictBody, kw_only=True):
+    """A limit: how many tasks of these types may run or start for each value of `key`, on all devices together.
+
+    Without any number it only makes the values of its key take turns, and lets devices close them.
+    """
+
+    name: Name
+    task_type: TypePattern = "*"
+    key: Key = ""
+    max_running: Optional[Number] = None
+    max_starts: Optional[Number] = None
+    window_seconds: Optional[Window] = None
+    max_starts_per_day: Optional[Number] = None
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The key's fields; none: all tasks of these types are counted together."""
+        return (tuple(self.key) if isinstance(self.key, list) else (self.key,)) if self.key else ()
+
+    def check(self, where: str, screen: Screen) -> None:
+        if len(self.fields) > 8 or not all(re.search(KEY_FIELD_PATTERN, field) for field in self.fields):
+            raise invalid(where + "key", f"must be {KEY_RULE}")
+        if len(set(self.fields)) < len(self.fields):
+            raise invalid(where + "key", "names a field twice; name each once")
+        if (self.max_starts is None) != (self.window_seconds is None):
+            missing = "window_seconds" if self.window_seconds is None else "max_starts"
+            raise invalid(where + missing, "is needed: max_starts and window_seconds belong together")
+
+
+class LimitsIn(StrictBody):
+    """All limits that are to hold, in place of those that hold now."""
+
+    limits: Annotated[list[LimitIn], at_most(100, "limits")]
+
+    def check(self, where: str, screen: Screen) -> None:
+        check_each(self.limits, where + "limits", screen)
+        names = [limit.name for limit in self.limits]
+        for n, name in enumerate(names):
+            if name in names[:n]:
+                raise invalid(f"{where}limits[{n}].name", f"is taken: two limits are called {name}; rename one")
+
+
+class OpenLimitIn(StrictBody):
+    """Which value of a limit's key is to be open again, as GET /limits shows it; all of them without it."""
+
+    value: Optional[Annotated[list[UniqueKey], at_most(8, "values")]] = None
 
 
 class LoginIn(StrictBody):
@@ -390,6 +450,9 @@ class ReportIn(DeviceBody, kw_only=True):
     retry_after_seconds: Optional[Delay] = None
     snooze_seconds: Optional[Delay] = None
     reason: Optional[FreeText] = None
+    limit_closed_seconds: Optional[float] = None
+    limit_closed_until: Optional[FreeText] = None
+    limit_name: Optional[FreeText] = None
     new_tasks: Optional[TaskList] = None
     artifacts: Optional[Annotated[list[ArtifactIn], at_most(100, "files")]] = None
 
@@ -398,11 +461,24 @@ class ReportIn(DeviceBody, kw_only=True):
         """result as JSON text, or None for null or none."""
         return text_of(self.result)
 
+    def closed_seconds(self, wall: float) -> float | None:
+        """For how long the task's limit keys are to be closed; None where nothing says so, or it is over."""
+        if self.limit_closed_seconds is not None:
+            return self.limit_closed_seconds if self.limit_closed_seconds > 0 else None
+        try:
+            until = parse_time(self.limit_closed_until or "", "limit_closed_until")
+        except Invalid:  # what a device learned must not cost its report
+            return None
+        return until - wall if until > wall else None
+
     def check(self, where: str, screen: Screen) -> None:
         if self.result is not NOTHING:
             check_result(self.result, where + "result", screen)
         self.error_message = clean(self.error_message, ERROR_MESSAGE_LENGTH, lines=True)
         self.error_type = clean(self.error_type, 128)
+        self.limit_name = clean(self.limit_name, 64)
+        self.limit_closed_until = clean(self.limit_closed_until, 64)
+        self.limit_closed_seconds = clamp(self.limit_closed_seconds, 0.0, LONGEST_CLOSING_SECONDS)
         self.reason = clean(self.reason, REASON_LENGTH)
         self.log_tail = tail(self.log_tail)
         self.duration_seconds = clamp(self.duration_seconds, 0.0, 1e9)
@@ -593,6 +669,17 @@ class Query:
             raise invalid(name, f"must be a number from {minimum:g} to {maximum:g}")
         return float(value)
 
+    def counts(self, name: str, *, maximum: int) -> dict[str, int]:
+        """Names with a number each: "echo:400,crawl:2"."""
+        found: dict[str, int] = {}
+        text = self.text(name, maximum=4096)
+        for part in text.split(",") if text else ():
+            word, _, number = part.partition(":")
+            if not re.fullmatch(r"[0-9]{1,9}", number) or not 1 <= int(number) <= maximum:
+                raise invalid(name, f"must be names with a number from 1 to {maximum} each, such as echo:400,crawl:2")
+            found[check_name(word, name)] = int(number)
+        return found
+
     def choice(self, name: str, choices: tuple[str, ...], default: str | None = None) -> str | None:
         """One of a few words."""
         value = self.text(name)
@@ -696,7 +783,8 @@ encode = msgspec.json.Encoder().encode  # NaN and Infinity become null, so a rep
 
 # Made now, by one thread: msgspec 0.22 crashes the process when two threads are the first to use a Struct at once.
 for _first in (
-    TaskIn, TaskList, TasksIn, FilterIn, ActionIn, AssignIn, ReasonIn, StrategyIn, LoginIn, Holding, RegisterIn,
+    TaskIn, TaskList, TasksIn, FilterIn, ActionIn, AssignIn, ReasonIn, StrategyIn, LimitIn, LimitsIn,
+    OpenLimitIn, LoginIn, Holding, RegisterIn,
     HeartbeatIn, ArtifactIn, ReportIn, ReportsIn, ReportsRawIn, AssignmentOnly, StatusIn, DeviceStatusIn,
 ):  # fmt: skip
     decoder_for(cast("Any", _first))

@@ -11,19 +11,23 @@ start `python worker.py --device-id shop-7`. Only the device opens connections. 
              seq; ack is the last one received. What is delivered again is not run again. Full for 0.3 s, a device holds
              one with limit 0 on a second connection, so that cancel[] and drain still reach it at once. That one has
              no number: it brings no tasks, and the master ends it when the next one with a limit comes.
+  ahead      Of types whose tasks are known to be short (under 0.2 s) a pull also asks for as many as make about 1 s of
+             work, at most 1000: they wait here for a slot, the most urgent first. It asks again when half of them have
+             begun, and such a pull without a free slot is not held. A queued task says so in holding[].
   heartbeat  Every heartbeat_interval (30 s, or the reply's next_seconds), from its own thread, against a deadline. Its
              holding[] names everything from delivery until the report is acknowledged: queued, running or reporting.
-             A problem (spool_full, spool_unwritable, artifacts_full) is told within a second or two. While the
-             interpreter or the disk stalls, a deputy process beats with holding null, for task_timeout + 60 s at most
-             (not on Windows).
-  reports    At most 100 in a request and max_body_bytes in all; what is ready goes at once, what becomes ready
+             A problem (spool_full, spool_unwritable, artifacts_full) is told within a second or two, what a task says
+             of its progress within 5 s or so. While the interpreter or the disk stalls, a deputy process beats with
+             holding null, for as long as a task here may run, 240 s at least, and 60 s more (not on Windows).
+  reports    At most 500 in a request and max_body_bytes in all; what is ready goes at once, what becomes ready
              meanwhile goes together. A start is reported once a task has run for 0.2 s; a faster one only its end.
   spool      A report is on disk (length, CRC, one fdatasync a batch) before it is sent, and is sent again after any
              crash, before the first pull. Full (spool_max_bytes) or unwritable: no more pulls, nothing is dropped.
   time       A task over execution_timeout_seconds is reported failed (timeout). One in a process of its own is ended:
              SIGTERM (a cancelled one sees context.cancelled 0.5 s earlier), 5 s later SIGKILL for all it started. A
              thread cannot be killed: 5 s after a cancel, or at once when out of time, it is left behind and replaced.
-             What did not start within start_within_seconds (by CLOCK_BOOTTIME) is handed back unstarted.
+             What did not start within start_within_seconds (5 for what waits here, by CLOCK_BOOTTIME) is handed back
+             unstarted; 2 s later the master gives it to others.
   outage     First try after rand(0, reconnect spread), after a broken connection rand(0, a tenth of it); then rand(0,
              2, 4, 8 ... 60 s). At the first start rand(0, 1) instead of the spread: devices boot before their master.
              Connecting takes at most 5 s; a call has a total deadline (pull: wait + 10 s, beat 10, report 30).
@@ -62,10 +66,11 @@ from executors import task_executor
 from executors.device.artifacts import ArtifactFiles, Uploader
 from executors.device.child import CANCEL_GRACE_SECONDS, CANCELLED, RELEASED, TIMEOUT, Children
 from executors.device.deputy import Deputy
-from executors.device.holding import QUEUED, Held, Holding
+from executors.device.holding import QUEUED, RUNNING, Held, Holding
 from executors.device.link import Busy, Link, MasterClient, Refused, Unreachable, number
 from executors.device.machine import STOP_SIGNALS, Machine, lock_file
-from executors.device.pulls import Pulls
+from executors.device.pace import Pace
+from executors.device.pulls import Pulls, Wish
 from executors.device.reports import Reporter
 from executors.device.spool import Spool
 from settings import PROTOCOL, VERSION, ExitCode, Settings, SettingsError, configure_logging, from_arguments
@@ -77,6 +82,7 @@ REGISTER_SECONDS = BEAT_SECONDS = 10.0
 LEAVE_SECONDS = 3.0
 FLUSH_SECONDS = 5.0
 DEPUTY_EXTRA_SECONDS = 60.0
+PROGRESS_BEAT_SECONDS = 5.0
 CALLERS = ("pull", "listen", "beat", "report", "files", "leave")
 START_REPORT_SECONDS = 0.2
 KILL_SECONDS = CANCEL_GRACE_SECONDS + 2
@@ -116,6 +122,7 @@ class Worker:
         self.link = Link(settings.master_url)
         self.clients = {name: MasterClient(self.link, settings) for name in CALLERS}
         self.holding = Holding(settings.concurrent_tasks)
+        self.pace = Pace(settings.concurrent_tasks)
         self.spool = Spool(folder, settings.spool_max_bytes)
         unsent = [report.assignment_id for report in self.spool.pending()]
         self.files = ArtifactFiles(folder, settings.artifact_max_bytes, unsent)
@@ -127,7 +134,7 @@ class Worker:
         self.children = Children(self.settings_by_name, folder)
         self.unreported: set[Held] = set()  # settled, the report not handed over yet: a stop waits
         self.handing_back = threading.Event()  # children end now, and their tasks are handed back
-        self.work: queue.SimpleQueue[Held] = queue.SimpleQueue()
+        self.work: queue.SimpleQueue[None] = queue.SimpleQueue()  # an entry for each task that waits for a slot
         self.bell = Bell()
         self.registered = threading.Event()
         self.stopping = threading.Event()  # no new work
@@ -137,12 +144,12 @@ class Worker:
         self.drain_seconds = float(settings.drain_seconds)
         self.is_monitored = settings.enable_monitoring
         self.is_drained_by_master = False
-        self.next_beat = 0.0
+        self.next_beat = self.last_beat = 0.0
         self.told_problem: Optional[str] = None
         self.beating = threading.Lock()  # held during a beat, and for good by the last one
         self.beat_seq = itertools.count(1)  # one for two threads: the last beat must not share its number
         self.pulls = Pulls(settings, self.boot_id, self.holding, self.clients, self.registered, self.stopping,
-                           limit=self._limit, take=self._take, follow=self._follow)  # fmt: skip
+                           wish=self._wish, take=self._take, follow=self._follow)  # fmt: skip
 
     # -- the main thread --
 
@@ -218,6 +225,7 @@ class Worker:
             self._hand_back(held, "the device stops")
         elif held.is_too_late():
             self._hand_back(held, "not started in time")
+            self.pace.forget(str(held.task.get("task_type")))
 
     def _hand_back(self, held: Held, reason: str) -> None:
         self.unreported.add(held)
@@ -362,7 +370,10 @@ class Worker:
         left = due - time.monotonic()
         if left > 0:
             time.sleep(min(left, 1.0))
-            if self.reporter.problem != self.told_problem:
+            is_early = self.reporter.problem != self.told_problem
+            if time.monotonic() - self.last_beat >= PROGRESS_BEAT_SECONDS:
+                is_early = is_early or self.holding.has_progress_to_tell()
+            if is_early:
                 self.next_beat = 0.0
             return
         if self.next_beat and -left > self.heartbeat_seconds + BEAT_SECONDS:
@@ -381,6 +392,7 @@ class Worker:
 
     def _beat_body(self, *, leaving: bool = False) -> dict[str, Any]:
         body: dict[str, Any] = {"boot_id": self.boot_id, "seq": next(self.beat_seq)}
+        self.last_beat = time.monotonic()
         body["holding"] = self.holding.as_holding()
         body["problem"] = self.told_problem = self.reporter.problem
         body["clock"] = round(time.time(), 3)
@@ -454,15 +466,16 @@ class Worker:
         first = number(said.get("next_seconds"), self.heartbeat_seconds, 0.05, 3600)
         self.next_beat = time.monotonic() + first * random.uniform(0.5, 1)
 
-    def _limit(self) -> int:
-        """How many tasks to ask for."""
-        if self.stopping.is_set() or self.is_drained_by_master or not self.reporter.has_room:
-            return 0
-        return self.holding.room()
+    def _wish(self) -> Wish:
+        """What to ask for."""
+        if not self.holding.is_low or self.stopping.is_set() or self.is_drained_by_master or not self.reporter.has_room:
+            return Wish(0, {})
+        ahead = self.pace.ahead(self.holding.types_in(QUEUED), self.holding.types_in(RUNNING))
+        return Wish(self.holding.room(), ahead)
 
     def _take(self, added: list[Held]) -> None:
-        for held in added:
-            self.work.put(held)
+        for _ in added:
+            self.work.put(None)
         self.bell.ring()
 
     # -- slots --
@@ -470,7 +483,8 @@ class Worker:
     def _slot(self) -> None:
         """Run tasks one after another, until this thread was left behind."""
         while True:
-            held = self.work.get()
+            self.work.get()
+            held = self.holding.next_queued()
             self._hand_back_if_it_may_not_start(held)
             if self.holding.begin(held):
                 self._run(held)
@@ -512,10 +526,12 @@ class Worker:
         self.unreported.discard(held)
         if not is_reported:
             self.files.drop(held.assignment_id)
-            log.info("dropped %s: cancelled, or reported before", held)
+            log.info("dropped %s: %s", held, "reported before" if held.cancelled is None else "cancelled")
             return
+        is_completed = outcome.outcome == "completed"
+        self.pace.note(str(held.task.get("task_type")), time.monotonic() - held.started, is_completed=is_completed)
         # A line for each of thousands of short tasks a second would cost more than the tasks.
-        is_notable = outcome.outcome != "completed" or outcome.duration_seconds >= START_REPORT_SECONDS
+        is_notable = not is_completed or outcome.duration_seconds >= START_REPORT_SECONDS
         log.log(logging.INFO if is_notable else logging.DEBUG, "%s %s seconds=%.3f %s", outcome.outcome, held,
                 outcome.duration_seconds, outcome.error_message or "")  # fmt: skip
 
@@ -546,6 +562,8 @@ def take_folder(settings: Settings) -> Path:
         log.error("device %s runs on this machine already (%s is locked); stop it, or start with another --device-id",
                   settings.device_id, folder)  # fmt: skip
         sys.exit(ExitCode.CONFLICT)
+    if hasattr(os, "register_at_fork"):  # a process that a task forks must not keep the lock when the worker is gone
+        os.register_at_fork(after_in_child=partial(os.close, descriptor))
     return folder  # the descriptor stays open on purpose: closing it would give the lock away
 
 

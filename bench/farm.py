@@ -42,9 +42,9 @@ class Program:
     def __init__(self, script: str, folder: Path, settings: dict[str, Any]) -> None:
         self._script = script
         name = settings.get("device_id", "master")
-        config = folder / f"{name}.json"
-        config.write_text(json.dumps({**settings, **QUIET, "log_file": str(folder / f"{name}.log")}))
-        command = [sys.executable, str(ROOT / script), "--config", str(config)]
+        self.config = folder / f"{name}.json"
+        self.config.write_text(json.dumps({**settings, **QUIET, "log_file": str(folder / f"{name}.log")}))
+        command = [sys.executable, str(ROOT / script), "--config", str(self.config)]
         environment = {key: value for key, value in os.environ.items() if not key.startswith("AF_")}
         self.first_line = ""
         self.process = subprocess.Popen(
@@ -149,6 +149,9 @@ class Farm:
     def post(self, path: str, body: bytes) -> Any:
         return self._call("POST", path, body)
 
+    def put(self, path: str, body: bytes) -> Any:
+        return self._call("PUT", path, body)
+
     def _call(self, method: str, path: str, body: bytes | None = None) -> Any:
         reply = self._session.request(method, f"{self.url}/api/distribution{path}", data=body, timeout=60)
         reply.raise_for_status()
@@ -156,10 +159,10 @@ class Farm:
 
 
 @contextlib.contextmanager
-def open_farm(database: Path | None = None) -> Iterator[Farm]:
+def open_farm(database: Path | None = None, kind: type[Farm] = Farm) -> Iterator[Farm]:
     """A farm with a master and no worker yet; at the end its processes are stopped and its folder is deleted."""
     with TemporaryDirectory(prefix="bench-") as folder, contextlib.ExitStack() as stack:
-        yield Farm(Path(folder), stack, database)
+        yield kind(Path(folder), stack, database)
 
 
 def bodies(task: dict[str, Any], total: int) -> list[bytes]:

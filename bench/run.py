@@ -52,13 +52,13 @@ def end_to_end(total: int, slots: int) -> EndToEnd:
         started = time.perf_counter()
         for body in sent:
             farm.post("/tasks", body)
-        wait_until("the last task", lambda: _completed(farm) == total)
+        wait_until("the last task", lambda: completed(farm) == total)
         seconds = time.perf_counter() - started
         used = cpu_seconds([farm.master]) - cpu[0], cpu_seconds(farm.workers) - cpu[1]
         return EndToEnd(total / seconds, used[0] / total * 1000, used[1] / total * 1000)
 
 
-def _completed(farm: Farm) -> int:
+def completed(farm: Farm) -> int:
     found: int = farm.get("/tasks/stats?task_type=echo")["by_state"]["completed"]
     return found
 

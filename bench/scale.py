@@ -3,7 +3,8 @@
 A size is a database with that many waiting and that many finished tasks. A real master and a real worker make the
 first thousand finished ones; copies of their rows (other ids, finished earlier) make the rest, counters included. The
 waiting ones are submitted over HTTP. Then a master serves it, and each question is asked several times. The flow is
-no-op tasks of top priority through one worker, past all those that wait for a device that is not there.
+no-op tasks of top priority through one worker: past all those that wait for a device that is not there, and then also
+past as many of that worker that a limit holds back.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ QUESTIONS = (
     ("why the oldest waits", "/tasks/{oldest}/why"),
 )
 TIMES = 9
+CLOSED = 500_000
 
 
 def grow(database: Path, finished: int) -> None:
@@ -93,14 +95,22 @@ def first_byte(farm: Farm) -> float:
         return (time.perf_counter() - started) * 1000
 
 
-def flow(farm: Farm, total: int) -> float:
+def flow(farm: Farm, total: int, batch: str) -> float:
     """Tasks per second through one worker."""
-    sent = bodies({"task_type": "echo", "priority": 10, "batch": "flow"}, total)
+    sent = bodies({"task_type": "echo", "priority": 10, "batch": batch}, total)
     started = time.perf_counter()
     for body in sent:
         farm.post("/tasks", body)
-    wait_until("the flow", lambda: farm.get("/tasks/stats?batch=flow")["by_state"]["completed"] == total, 0.02)
+    wait_until("the flow", lambda: farm.get(f"/tasks/stats?batch={batch}")["by_state"]["completed"] == total, 0.02)
     return total / (time.perf_counter() - started)
+
+
+def close_limit(farm: Farm, waiting: int) -> None:
+    """So many urgent tasks of the worker's own type in front of the flow, of an account that has used up its starts."""
+    limit = {"name": "account", "task_type": "echo", "key": "username", "max_starts": 1, "window_seconds": 86400}
+    farm.put("/limits", json.dumps({"limits": [limit]}).encode())
+    for body in bodies({"task_type": "echo", "priority": 10, "batch": "closed", "username": "used-up"}, waiting):
+        farm.post("/tasks", body)
 
 
 def measure(size: int, flowing: int, folder: Path) -> dict[str, str]:
@@ -125,7 +135,9 @@ def measure(size: int, flowing: int, folder: Path) -> dict[str, str]:
             found[name] = f"{statistics.median(times):.1f} ({times[-1]:.1f})"
         starts = sorted(first_byte(farm) for _ in range(TIMES))
         found["export: first byte"] = f"{statistics.median(starts):.1f} ({starts[-1]:.1f})"
-        found["flow past all that waits, tasks/s"] = f"{flow(farm, flowing):,.0f}"
+        found["flow past all that waits, tasks/s"] = f"{flow(farm, flowing, 'flow'):,.0f}"
+        close_limit(farm, min(size, CLOSED))
+        found[f"flow past a closed limit (up to {CLOSED:,} tasks), tasks/s"] = f"{flow(farm, flowing, 'past'):,.0f}"
         found["the master's memory, MB"] = f"{farm.master.resident_bytes() / 2**20:.0f}"
     found["the database, MB"] = f"{database.stat().st_size / 2**20:,.0f}"
     return found

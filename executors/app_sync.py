@@ -22,8 +22,8 @@ from urllib.parse import parse_qsl, urlsplit
 from executors.appsflyer.answers import raise_if_closed, with_jitter
 from executors.appsflyer.client import Client, Limits, base_url
 from executors.appsflyer.pacing import PACING, Key
-from executors.appsflyer.pull import APP_ID, OPTIONS, Pull, read_credential_name, read_pull, read_report, refuse_unknown
-from executors.task_executor import MAX_NEW_TASKS, DoNotRetry, Result, Retry, Snooze, TaskExecutor
+from executors.appsflyer.pull import APP_ID, OPTIONS, Pull, read_credential_name, read_pull, read_report
+from executors.task_executor import MAX_NEW_TASKS, DoNotRetry, Result, Retry, Snooze, TaskExecutor, refuse_unknown
 
 PATH = "/api/mng/apps"
 LARGEST_PAGE = 1000

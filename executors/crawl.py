@@ -8,7 +8,7 @@ task_data (only url is required; docs/crawl.md has all of it, with examples):
     form, json        what is posted: an object of texts, or any JSON
     headers           {name: value}; on a redirect or link to another host only User-Agent and Accept* go along
     timeout_seconds   30; for the whole page: name look-up, redirects and slow servers included
-    depth             0; counted up from task to task
+    depth, start      0 and none; set from task to task: how far from the start page, and which that was
     follow            nothing is followed without it; {} follows all links of the same host. In it:
         allow, deny       lists of regular expressions, searched for (re.search) in the link's URL as it would be
                           fetched; no allow means every link; deny wins
@@ -31,7 +31,8 @@ s), as 503 does with a Retry-After. Other 5xx, errors of the connection and time
 than 5 redirects, what robots.txt forbids, addresses that are not public, and bombs are not.
 
 Only links of 2xx HTML pages are followed, at most 5,000 or 4 MiB of tasks a page. Children carry the canonical URL as
-unique_key, so a batch fetches no page twice. A task without a batch gives its children the batch "crawl-ID".
+unique_key and the start page, so that no page is fetched twice. A task without a batch gives its children the batch
+"crawl-ID".
 
 It keeps its own time limits, so it runs in a thread. It must not know the master.
 """
@@ -46,6 +47,7 @@ from collections.abc import Mapping
 from typing import Any, Optional
 
 from executors.task_executor import DoNotRetry, Result, TaskExecutor
+from executors.web.connection import Cancelled, OutOfTime
 from executors.web.extract import extract, is_installed, search_json
 from executors.web.fetch import Fetcher, Manners, Page, Request, refuse_failure
 from executors.web.follow import children, from_sitemap, sitemap_task
@@ -102,7 +104,7 @@ class Crawl:
         order = self.order
         page = self.fetch(Request(order.url, order.method, order.headers, order.body))
         html = decode(page) if is_html(page) else None
-        markup = Markup(html or "")
+        markup = Markup(html or "", self.look)
         links = links_of(markup, page.url)
         length = markup.text_length if html is not None else text_length(page)
         result = self.described(page, title=markup.title, links_found=len(links), text_length=length)
@@ -113,7 +115,7 @@ class Crawl:
         if order.raw:
             result["artifact"] = self.keep_raw(page)
         follows = 200 <= page.status < 300 and order.follow is not None
-        return Result(result, children(order, page, links, self.context.task, self.allows(page)) if follows else [])
+        return Result(result, self.children(page, links) if follows else [])
 
     def sitemap(self) -> Result:
         """Read a sitemap instead of the page; where robots.txt names several, a task for each of them."""
@@ -129,7 +131,8 @@ class Crawl:
         result = self.described(page, pages_found=len(sitemap.pages), sitemaps_found=len(sitemap.sitemaps))
         if sitemap.is_truncated:
             result["truncated"] = True
-        return Result(result, from_sitemap(order, sources[0], sitemap, self.context.task, self.allows(page)))
+        new_tasks = from_sitemap(order, sources[0], sitemap, self.context.task, self.allows(page), self.look)
+        return Result(result, new_tasks)
 
     def named_sitemaps(self) -> list[str]:
         """Those of robots.txt, else /sitemap.xml."""
@@ -144,6 +147,16 @@ class Crawl:
         page = self.fetcher.fetch(request, self.seconds, lambda: bool(context.cancelled))
         refuse_failure(page)
         return page
+
+    def children(self, page: Page, links: list[str]) -> list[dict[str, Any]]:
+        return children(self.order, page, links, self.context.task, self.allows(page), self.look)
+
+    def look(self) -> None:
+        """Raises Cancelled or OutOfTime: a hostile page takes its time after it was fetched, too."""
+        if self.context.cancelled:
+            raise Cancelled(f"cancelled while {self.order.url} was read")
+        if time.monotonic() > self.started + self.seconds:
+            raise OutOfTime(f"{self.order.url} took longer than {round(self.seconds, 2):g} s: it is slow to read")
 
     def described(self, page: Page, **found: Any) -> dict[str, Any]:
         result = {

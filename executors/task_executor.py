@@ -35,6 +35,7 @@ It must not import anything but the standard library and executors.device, and i
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -47,7 +48,7 @@ import threading
 import time
 import traceback
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -358,9 +359,12 @@ def execute(executor: TaskExecutor, context: Context) -> Outcome:
         outcome = completed(executor.execute_task(arguments(context.task)), context.task)
         outcome.artifacts = context.artifacts()
     except BaseException as error:  # an executor that calls sys.exit() must not end the device
-        if not isinstance(error, (Retry, DoNotRetry, Snooze)):
-            note_traceback(error, context)
-        outcome = ended_by(error, context.secrets)
+        try:
+            outcome = ended_by(error, context.secrets)
+            if not isinstance(error, (Retry, DoNotRetry, Snooze)):
+                note_traceback(error, context)
+        except BaseException:  # what was raised has code of its own, in its class too
+            outcome = Outcome("failed", error_type="Exception", error_message="it raised what cannot be described")
     if context.secrets:
         outcome.result = hidden(outcome.result, context.secrets)
         outcome.new_tasks = hidden(outcome.new_tasks, context.secrets)
@@ -400,19 +404,27 @@ def ended_by(error: BaseException, secrets: tuple[str, ...] = ()) -> Outcome:
     """The outcome of a raised exception."""
     message, error_type = describe(error, secrets), type(error).__name__
     if isinstance(error, Snooze):
-        seconds = bounded_seconds(error.seconds)
+        seconds = bounded_seconds(attribute_of(error, "seconds"))
         return Outcome("snoozed", error_message=message, snooze_seconds=60.0 if seconds is None else seconds)
     if isinstance(error, Retry):
-        after = bounded_seconds(error.after)
+        after = bounded_seconds(attribute_of(error, "after"))
         return Outcome("failed", error_message=message, error_type=error_type, retry_after_seconds=after)
     return Outcome("failed", error_message=message, error_type=error_type, retry=not isinstance(error, DoNotRetry))
+
+
+def attribute_of(error: BaseException, name: str) -> Any:
+    """None where a subclass' own __init__ has not set it, or its own code fails."""
+    try:
+        return getattr(error, name, None)
+    except BaseException:
+        return None
 
 
 def describe(error: BaseException, secrets: tuple[str, ...] = ()) -> str:
     """One bounded sentence for an exception, even for one whose own text fails."""
     try:
         text = str(error)
-    except Exception:
+    except BaseException:  # its __str__ may end in any way
         text = ""
     if isinstance(error, SystemExit):
         text = f"the executor called sys.exit({text})"
@@ -420,15 +432,16 @@ def describe(error: BaseException, secrets: tuple[str, ...] = ()) -> str:
 
 
 def note_traceback(error: BaseException, context: Context) -> None:
-    """Write an unexpected exception's traceback to the attempt and to the device's log."""
+    """Write an unexpected exception's traceback to the attempt and, unless the task was to end, to the device's log."""
     try:
         text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    except Exception:
+    except BaseException:
         text = f"{type(error).__name__} (its traceback cannot be shown)\n"
     pass_to_device_log(context, [context.tail.rest_of_line()])
     context.tail.write(text if context.tail.ends_line() else "\n" + text)
     with contextlib.suppress(Exception):
-        _log.warning("raised task=%s type=%s\n%s", context.task.get("id"), context.task.get("task_type"), text.rstrip())
+        level, task = logging.DEBUG if context.cancelled else logging.WARNING, context.task
+        _log.log(level, "raised task=%s type=%s\n%s", task.get("id"), task.get("task_type"), text.rstrip())
 
 
 def bounded_seconds(value: Any) -> Optional[float]:
@@ -627,6 +640,15 @@ def make_executor(cls: type[TaskExecutor], path: str) -> Optional[TaskExecutor]:
         _log.error("left off %s of %s: %s: %s", cls.__name__, path, kind, describe(error), exc_info=True)
         return None
     return executor
+
+
+def refuse_unknown(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    """DoNotRetry for a field that is not `known`: a typing error in a limit would run without it."""
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, 1)
+            meant = f"did you mean {near[0]}?" if near else f"it may hold {', '.join(known)}"
+            raise DoNotRetry(f"{where}.{name!s:.100} is not known: {meant}")
 
 
 def is_importable(name: str) -> bool:

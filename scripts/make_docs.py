@@ -76,7 +76,8 @@ EXIT_CODES = {
 
 def setting_row(row: settings.Setting) -> tuple[str, ...]:
     default = row.default
-    shown = json.dumps(default) if default in ("", (), {}) or row.type == "bool" else default
+    is_json = default in ("", (), {}) or row.type in ("bool", "tuple[dict[str, Any], ...]")
+    shown = json.dumps(default) if is_json else default
     allowed = ", ".join(row.choices)
     if row.minimum is not None and row.maximum is not None:
         allowed = f"{row.minimum:.15g} to {row.maximum:.15g}"
@@ -144,7 +145,12 @@ def names_of(request: Any) -> list[str]:
 
 def request_types(operations: Sequence[openapi.Operation]) -> list[str]:
     """The types of bodies in the order of the table, each followed by those it holds."""
-    inner = {"RegisterIn": ["Holding"], "ReportsIn": ["ReportIn", "ArtifactIn"], "ActionIn": ["FilterIn"]}
+    inner = {
+        "RegisterIn": ["Holding"],
+        "ReportsIn": ["ReportIn", "ArtifactIn"],
+        "ActionIn": ["FilterIn"],
+        "LimitsIn": ["LimitIn"],
+    }
     found: list[str] = []
     for operation in operations:
         for name in names_of(operation.request):

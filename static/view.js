@@ -7,18 +7,18 @@ export const STATES = ["scheduled", "pending", "assigned", "running", "completed
 const TONE = {
   scheduled: "violet", pending: "amber", assigned: "blue", running: "cyan", completed: "green", failed: "red", cancelled: "gray",
   snoozed: "violet", timeout: "red", released: "amber",
-  online: "green", busy: "cyan", off: "red", draining: "amber", disabled: "gray", conflict: "red",
+  online: "green", busy: "cyan", off: "red", stopped: "gray", draining: "amber", disabled: "gray", conflict: "red",
 };
 const ICON = {
   all: "M3 4.5h10M3 8h10M3 11.5h10", scheduled: "M8 2.2a5.8 5.8 0 1 0 0 11.6A5.8 5.8 0 0 0 8 2.2M8 5v3.2l2 1.3", pending: "M3.5 8h.01M8 8h.01M12.5 8h.01",
   assigned: "M2.5 8h10M9 4.5 12.5 8 9 11.5", running: "M5 3.2v9.6L12.5 8z", completed: "M3 8.5 6.5 12 13 4.5", failed: "M4 4l8 8M12 4l-8 8", cancelled: "M3.5 8h9",
   snoozed: "scheduled", timeout: "scheduled", released: "M13.5 8h-10M7 4.5 3.5 8 7 11.5",
-  online: "completed", busy: "running", off: "failed", draining: "M8 2.5v10M4.5 9 8 12.5 11.5 9", disabled: "cancelled", conflict: "M8 3v6M8 12.5h.01",
+  online: "completed", busy: "running", off: "failed", stopped: "cancelled", draining: "M8 2.5v10M4.5 9 8 12.5 11.5 9", disabled: "cancelled", conflict: "M8 3v6M8 12.5h.01",
 };
 const SHOWN_CHARACTERS = 20000;
 const DEVICES_SHOWN = 20;
 const CLOCK_SKEW_SHOWN = 30;  // seconds
-const DEVICE_ORDER = { conflict: 0, online: 1, busy: 1, draining: 2, off: 3, disabled: 4 };
+const DEVICE_ORDER = { conflict: 0, online: 1, busy: 1, draining: 2, off: 3, stopped: 4, disabled: 4 };
 
 export const byId = (id) => document.getElementById(id);
 let words = en, locale = "en", skew = 0;
@@ -191,7 +191,7 @@ export function showAddDevice({ isOpen, hasNone, hasFile, needsKey, url, isLoopb
   show(byId("add-loopback"), hasFile && isLoopback);
 }
 export function showDevices(devices, everyDevice) {
-  const status = (device) => (device.status === "offline" ? "off" : device.status);
+  const status = (device) => (device.status !== "offline" ? device.status : device.has_stopped ? "stopped" : "off");
   const sorted = devices.map((device) => ({ ...device, status: status(device) }))
     .sort((a, b) => (DEVICE_ORDER[a.status] ?? 1) - (DEVICE_ORDER[b.status] ?? 1) || String(a.device_id).localeCompare(String(b.device_id)));
   const tally = {};
@@ -205,14 +205,16 @@ export function showDevices(devices, everyDevice) {
     const cells = node.children;
     say(cells[0].firstChild, device.device_name || device.device_id);
     say(cells[0].children[1], [device.device_name && device.device_name !== device.device_id ? device.device_id : "", ...(device.tags || []), device.wanted_reason].filter(Boolean).join(" · "));
-    say(cells[0].lastChild, device.status === "off" ? "" : troubles(device));
+    say(cells[0].lastChild, ["off", "stopped"].includes(device.status) ? "" : troubles(device));
     cells[0].title = [device.device_type, device.ip_address, device.version, (device.task_types || []).join(", ")].filter(Boolean).join(" · ");
     pill(cells[1], device.status);
     if (device.seconds_since_heartbeat === null || device.seconds_since_heartbeat === undefined) still(cells[2].firstChild, t("never"));
     else ageing(cells[2].firstChild, Math.round((now() - device.seconds_since_heartbeat * 1000) / 1000) * 1000, "ago");
     if (device.last_heartbeat_at) cells[2].title = `${clock(device.last_heartbeat_at)} · ${device.last_heartbeat_at} UTC`;
-    const slots = device.max_concurrent_tasks || 0, busy = device.assigned_count ?? device.active_tasks ?? 0;
-    fill(cells[3], t("load"), slots ? (100 * busy) / slots : 0, t("of", { n: number(busy), limit: number(slots) }), "");
+    // A device queues only when its slots are taken, so what is over their number waits there.
+    const slots = device.max_concurrent_tasks || 0, held = device.assigned_count ?? device.active_tasks ?? 0, busy = Math.min(held, slots);
+    const load = t("of", { n: number(busy), limit: number(slots) });
+    fill(cells[3], t("load"), slots ? (100 * busy) / slots : 0, held > slots ? `${load} ${t("queued", { n: number(held - slots) })}` : load, "");
     for (const [i, name] of [[4, "cpu"], [5, "memory"], [6, "disk"]]) {
       const used = device[`${name}_usage`];
       const isKnown = typeof used === "number" && device.status !== "off";  // an old figure would mislead
@@ -267,8 +269,9 @@ export function showTasks(answer, filter, reasons, command) {
 }
 const dates = (task) => [task.start_date, task.end_date].filter(Boolean).join(" – ");
 function subject(task) {
-  const named = [task.username, task.app_id, dates(task)].filter(Boolean).join(" · ") || task.unique_key;
-  return [named, task.batch].filter(Boolean).join(named === task.unique_key ? "  ·  " : " · ") || "–";
+  const key = task.unique_key && !task.unique_key.startsWith("content-") ? task.unique_key : "";
+  const named = [task.username, task.app_id, dates(task)].filter(Boolean).join(" · ") || key;
+  return [named, task.batch].filter(Boolean).join(key && named === key ? "  ·  " : " · ") || "–";
 }
 const ended = (task) => (Object.hasOwn(words, `reason_${task.end_reason}`) ? t(`reason_${task.end_reason}`) : "");
 /** The one line that says how it stands: an error, why it waits, when it comes again; and its tone. */
@@ -354,6 +357,10 @@ function showJson(name, value) {
   const text = JSON.stringify(value, null, 2);
   say(byId(`dialog-${name}`), text.length > SHOWN_CHARACTERS ? `${text.slice(0, SHOWN_CHARACTERS)}\n${t("cut")}` : text);
 }
+function progress(attempt) {
+  const part = attempt.progress === null ? "" : `${Math.round(attempt.progress * 100)}%`;
+  return [part, attempt.progress_message].filter(Boolean).join(" · ");
+}
 function showAttempts(attempts) {
   const newestFirst = [...attempts].sort((a, b) => b.id - a.id);
   if (!newestFirst.length) { byId("dialog-attempts").replaceChildren(el("p", "quiet", t("no_attempts"))); return; }
@@ -371,7 +378,7 @@ function showAttempts(attempts) {
     say(id, t("attempt", { id: attempt.id })).className = "unseen";
     say(device, attempt.device_id);
     const isOpen = ["assigned", "running"].includes(attempt.status);
-    say(took, isOpen ? (attempt.progress ? `${Math.round(attempt.progress * 100)}%` : "") : attempt.duration_seconds === null || attempt.duration_seconds === undefined ? "" : duration(attempt.duration_seconds, true));
+    say(took, isOpen ? progress(attempt) : attempt.duration_seconds === null || attempt.duration_seconds === undefined ? "" : duration(attempt.duration_seconds, true));
     moment(at, attempt.started_at || attempt.assigned_at);
     say(error, [attempt.error_type && t(Object.hasOwn(words, `reason_${attempt.error_type}`) ? `reason_${attempt.error_type}` : attempt.error_type), attempt.error_message].filter(Boolean).join(": "));
     say(late, attempt.late_outcome ? t("late", { outcome: t(attempt.late_outcome) }) : "");

@@ -743,6 +743,7 @@ def bare(master: Master, method: str, path: str, **options: Any) -> requests.Res
 
 def some_path(prefix: str, operation: openapi.Operation) -> str:
     names = {"device_id": "shop-1", "task_id": "1", "artifact_id": "1", "name": "b", "file": "app.js"}
+    names |= {"lane_id": "1", "task_type": "echo"}
     return prefix + re.sub(r"\{(\w+)\}", lambda found: names[found[1]], operation.path)
 
 

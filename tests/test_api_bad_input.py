@@ -32,7 +32,8 @@ def work(master: Master) -> dict[str, str]:
     master.submit_one(batch="b")
     [task] = master.pull("shop-1")
     master.submit_one("nobody", batch="b")
-    return {"device_id": "shop-1", "task_id": "2", "name": "b", "file": "app.js", "lease_id": task["lease_id"]}
+    names = {"device_id": "shop-1", "task_id": "2", "name": "b", "file": "app.js", "lane_id": "1", "task_type": "echo"}
+    return {**names, "lease_id": task["lease_id"]}
 
 
 def written(master: Master) -> Any:
@@ -161,7 +162,7 @@ def test_a_reply_that_comes_before_the_body_closes_the_connection(master: Master
 
 @ROUTES
 def test_no_body_at_all_changes_nothing(master: Master, work: dict[str, str], method: str, path: str) -> None:
-    if path.endswith(("/cancel", "/requeue", "/pause", "/resume")):
+    if path.endswith(("/cancel", "/requeue", "/pause", "/resume", "/open")):
         pytest.skip("needs no body: the path says it all")
     refused(send(master, method, filled(path, work)), 400, "bad_json")
 

@@ -205,8 +205,8 @@ def test_where_a_redirect_may_lead(url: str, target: str, is_followed: bool) -> 
 
 
 def test_a_wide_range_becomes_pieces_of_31_days_with_the_same_keys_every_time(device: Device) -> None:
-    first = device.run(start_date=day(70), priority=8, timezone="UTC", required_tags=["acme"])
-    second = device.run(start_date=day(70), priority=8, timezone="UTC", required_tags=["acme"])
+    first = device.run(start_date=day(70), priority=8, timezone="UTC")
+    second = device.run(start_date=day(70), priority=8, timezone="UTC")
     result = first.result or {}
     assert result["split"] and result["rows"] == 0 and first.artifacts == [] and not device.fake.calls
     windows = [(task["start_date"], task["end_date"]) for task in first.new_tasks]
@@ -214,10 +214,9 @@ def test_a_wide_range_becomes_pieces_of_31_days_with_the_same_keys_every_time(de
     keys = [task["unique_key"] for task in first.new_tasks]
     assert keys == [task["unique_key"] for task in second.new_tasks] and len(set(keys)) == 3
     child = first.new_tasks[0]
-    assert child["task_data"] == {"report": "installs_report", "credential": "acme", "timezone": "UTC",
-                                  "required_tags": ["acme"]}  # fmt: skip
+    assert child["task_data"] == {"report": "installs_report", "credential": "acme", "timezone": "UTC"}
     assert (child["batch"], child["priority"], child["username"], child["parent_id"]) == ("b", 8, "acme", 7)
-    assert child["required_tags"] == ["acme"] and child["execution_timeout_seconds"] == 60
+    assert child["execution_timeout_seconds"] == 60
 
 
 def test_options_that_change_the_report_change_the_key_and_others_do_not(device: Device) -> None:
@@ -226,7 +225,7 @@ def test_options_that_change_the_report_change_the_key_and_others_do_not(device:
 
     plain = key()
     assert key(currency="USD") != plain and key(timezone="Asia/Seoul") not in (plain, key(currency="USD"))
-    assert key(required_tags=["acme"]) == plain
+    assert key(days_per_pull=31) == plain
 
 
 def test_a_task_without_a_batch_gives_its_children_one_because_keys_count_within_it(device: Device) -> None:

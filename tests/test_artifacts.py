@@ -7,22 +7,30 @@ import os
 import resource
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
-from farm import ROOT, Master, Program, Worker, wait_for
+from farm import ROOT, Master, Program, Worker, environment, wait_for
 from world import World
 
+import artifacts
 import db
+import retention
 from access import Refused
-from artifacts import STRAY_AFTER_SECONDS, Artifacts, ChecksumWrong, NoRoom, folder_of
+from artifacts import STRAY_AFTER_SECONDS, Artifacts, Busy, ChecksumWrong, NoRoom, folder_of
 from dispatcher import Delivery
+from executors import task_executor
+from executors.device.artifacts import ArtifactFiles
+from executors.task_executor import TaskExecutor
 from reads import Reads
+from settings import ExitCode
 
 OCTETS = "application/octet-stream"
 CONTENT = b"date,installs\n2026-11-25,12\n" * 100
@@ -282,6 +290,77 @@ def test_a_connection_that_ends_too_early_leaves_nothing(locked: Master) -> None
     assert upload(locked, task, name="x").status_code == 200
 
 
+def test_uploads_that_stall_keep_no_place_for_ever(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifacts, "UPLOAD_SECONDS", 0.2)
+    monkeypatch.setattr(artifacts, "MOVING_AT_ONCE", 2)
+    shelf, resume = Shelf(world), threading.Event()
+    world.submit()
+    task = world.take()
+    ends: list[Exception] = []
+    here = threading.Semaphore(0)
+
+    def stalls() -> Iterator[bytes]:
+        yield CONTENT[:3]
+        here.release()
+        assert resume.wait(20)
+        yield CONTENT[3:]
+
+    def stall(name: str) -> None:
+        with pytest.raises(Busy) as caught:
+            shelf.receive(task, db.Artifact(name, len(CONTENT), sha256(CONTENT)), stalls())
+        ends.append(caught.value)
+
+    def start(*names: str) -> list[threading.Thread]:
+        threads = [threading.Thread(target=stall, args=(name,)) for name in names]
+        for thread in threads:
+            thread.start()
+            assert here.acquire(timeout=10)
+        return threads
+
+    threads = start("a", "b")
+    with pytest.raises(Busy, match="coming in already"):
+        shelf.send(task)
+    assert wait_for("their time to be over", lambda: sent_or_busy(shelf, task)) == "accepted"
+    threads += start("c", "d")
+    taken = shelf.artifacts._uploads._taken
+    wait_for("the time of these to be over", lambda: max(taken) < time.monotonic())
+    with pytest.raises(Busy):  # as many overdue ones, and no thread more
+        shelf.send(task, "e")
+    resume.set()
+    for thread in threads:
+        thread.join(10)
+    assert [str(end) for end in ends if "send it again" in str(end)] == [str(end) for end in ends] and len(ends) == 4
+    assert len(shelf.files()) == 1 and shelf.rows() == 1, "of those that came too late nothing is left"
+    assert shelf.send(task, "e") == "accepted"
+    shelf.reads.close()
+
+
+def sent_or_busy(shelf: Shelf, task: Delivery) -> str:
+    try:
+        return shelf.send(task)
+    except Busy:
+        return ""
+
+
+def test_a_silent_connection_gives_its_place_up_on_a_real_master(programs: list[Program], tmp_path: Path) -> None:
+    (tmp_path / "impatient.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport artifacts, master\n"
+        "artifacts.UPLOAD_SECONDS, artifacts.MOVING_AT_ONCE = 1.0, 1\nsys.exit(master.main())\n"
+    )
+    master = Impatient(tmp_path)
+    programs.append(master)
+    task = pulled(master)
+    with begun(master, task, b"x" * 300_000, 400_000):
+        problem(upload(master, task), 503, "busy")
+        wait_for("the place", lambda: upload(master, task).status_code == 200)
+
+
+class Impatient(Master):
+    def start(self) -> None:
+        self._command[1] = str(self.folder / "impatient.py")
+        super().start()
+
+
 def test_a_master_killed_in_the_middle_keeps_nothing_half(programs: list[Program], tmp_path: Path) -> None:
     master = Master(tmp_path)
     programs.append(master)
@@ -423,6 +502,55 @@ def test_a_file_that_the_master_never_takes_fails_its_task_with_a_sentence(
     locked.start()
     assert task["status"] == "failed" and "at most 500000 are accepted" in task["error_message"]
     wait_for("the device to delete it", lambda: not waiting_files(worker))
+
+
+class Ends:
+    """What an executor may leave in its folder that is no file."""
+
+    @staticmethod
+    def directory(path: Path) -> None:
+        path.mkdir()
+        (path / "inside").write_bytes(CONTENT)
+
+    @staticmethod
+    def pipe(path: Path) -> None:
+        os.mkfifo(path)
+
+    @staticmethod
+    def link(path: Path) -> None:
+        path.symlink_to("/etc/passwd")
+
+    @staticmethod
+    def dangling(path: Path) -> None:
+        path.symlink_to("nowhere")
+
+    @staticmethod
+    def nothing(path: Path) -> None:
+        (path.parent / "beside").write_bytes(CONTENT)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("has_good", [False, True])
+@pytest.mark.parametrize("what", ["directory", "pipe", "link", "dangling", "nothing"])
+def test_what_is_no_file_is_dropped_and_said_and_its_folder_goes(
+    tmp_path: Path, what: str, has_good: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Leaving(TaskExecutor):
+        def execute_task(self, task_data: dict[str, Any]) -> dict[str, Any]:
+            getattr(Ends, what)(self.context.artifact("asked"))
+            if has_good:
+                self.context.artifact("good").write_bytes(CONTENT)
+            return {}
+
+    files = ArtifactFiles(tmp_path, 10**9, [])
+    outcome = task_executor.run(Leaving("leaving"), {"id": 1, "task_data": {}}, artifact_folder=files.folder_of(7))
+    outcome = files.seal(7, outcome)
+    assert outcome.outcome == "completed" and [file["name"] for file in outcome.artifacts] == ["good"] * has_good
+    said = "beside" if what == "nothing" else "asked"
+    assert said in outcome.log_tail and said in caplog.text
+    assert [path.name for path in files.folder_of(7).parent.rglob("*")] == ["7", "good"] * has_good
+    files.drop_sent(7)
+    assert not list(files.folder_of(7).parent.iterdir())
 
 
 # -- a worker that dies, and one whose files do not get through --------------------------------------------------
@@ -581,8 +709,10 @@ class Shelf:
 
     def send(self, task: Delivery, name: str = "report.csv", content: bytes = CONTENT, **other: Any) -> str:
         artifact = db.Artifact(name, len(content), other.get("sha256", sha256(content)))
-        judged = self.artifacts.receive("shop-1", task.assignment_id, task.lease_id, artifact, [content])
-        return judged.outcome
+        return self.receive(task, artifact, [content])
+
+    def receive(self, task: Delivery, artifact: db.Artifact, parts: Iterable[bytes]) -> str:
+        return self.artifacts.receive("shop-1", task.assignment_id, task.lease_id, artifact, parts).outcome
 
     def files(self) -> list[str]:
         return sorted(path.name for path in self.folder.rglob("*") if path.is_file())
@@ -609,12 +739,12 @@ def test_files_go_with_their_task_and_stay_with_the_others(shelf: Shelf) -> None
     world.report(first, "completed", artifacts=(db.Artifact("report.csv", len(CONTENT), sha256(CONTENT)),))
     world.now += 100
     world.report(second, "completed")
-    assert world.store.write(db.delete_finished, world.now - 50) == 1
+    assert world.store.write(retention.delete_finished, world.now - 50) == 1
     assert shelf.reads.artifacts(first.id) == [] and shelf.rows() == 2
     assert shelf.artifacts.remove_dropped() == 1
     assert [name.partition(".")[0] for name in shelf.files()] == [str(second.id)] and shelf.rows() == 1
     assert shelf.artifacts.remove_dropped() == 0
-    world.store.write(db.delete_finished, world.now + 1)
+    world.store.write(retention.delete_finished, world.now + 1)
     shelf.artifacts.remove_dropped()
     assert shelf.files() == [] and shelf.rows() == 0
     assert [path.name for path in shelf.folder.iterdir()] == ["incoming"]
@@ -626,7 +756,7 @@ def test_a_crash_between_file_and_row_of_a_deletion_is_made_up_for(shelf: Shelf)
     task = world.take()
     shelf.send(task)
     world.report(task, "completed")
-    world.store.write(db.delete_finished, world.now + 1)
+    world.store.write(retention.delete_finished, world.now + 1)
     [path] = shelf.folder.rglob("*.csv")
     path.unlink()  # and then the master died
     again = Artifacts(world.path, world.store, shelf.reads)
@@ -716,3 +846,28 @@ def test_the_time_that_files_take_is_not_the_tasks_time(shelf: Shelf) -> None:
     assert world.store.write(lambda tx: len(list(db.overdue_attempts(tx)))) == 0
     world.now += 100
     assert world.store.write(lambda tx: len(list(db.overdue_attempts(tx)))) == 1
+
+
+def test_a_backup_beside_a_running_master_has_every_task_and_its_files(tmp_path: Path) -> None:
+    master = Master(tmp_path)
+    try:
+        task = pulled(master)
+        assert upload(master, task).status_code == 200
+        master.submit(*[{"task_type": "echo"}] * 50)
+        folder = tmp_path / "backup"
+        flags = ["--database", master.settings["database"], "--backup", str(folder)]
+        command = [sys.executable, str(ROOT / "master.py"), *flags]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=30)
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+        again = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=30)
+        assert again.returncode == ExitCode.SETTINGS and "backup" in again.stderr  # it is never written over
+    finally:
+        master.stop()
+    copy = Master(folder, database=str(folder / "distribution.db"))
+    try:
+        assert len(copy.get("/tasks?limit=200")["tasks"]) == 51
+        (artifact,) = copy.get(f"/tasks/{task['id']}")["artifacts"]
+        found = copy.api("GET", f"/tasks/{task['id']}/artifacts/{artifact['artifact_id']}")
+        assert found.content == CONTENT
+    finally:
+        copy.stop()

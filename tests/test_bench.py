@@ -53,6 +53,17 @@ def test_a_count_below_one_is_refused(tmp_path: Path, wrong: str) -> None:
     assert "at least 1" in done.stderr
 
 
+def test_the_profile_accounts_for_every_step_of_a_task(tmp_path: Path) -> None:
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    command = [sys.executable, str(ROOT / "bench" / "profile.py"), "--tasks", "200", "--slots", "4"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    for step in ("submit: write", "dispatch: write", "deliver: build", "deliver: take", "execute: call", "report: judge",
+                 "report: send", "everything else"):  # fmt: skip
+        assert f"| {step}" in done.stdout, step
+    assert list(tmp_path.iterdir()) == []
+
+
 def steps_of_a_pull(world: World) -> int:
     """How many times SQLite's machine has passed a hundred instructions while a device pulled and found one task."""
     task_id = world.submit()

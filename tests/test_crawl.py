@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crawl_site import LOOPBACK, PAGE, Site, fetched, followed, reply, run
+from crawl_site import LOOPBACK, PAGE, Site, fetched, followed, refused, reply, run
 
 from executors import task_executor
 from executors.crawl import CrawlExecutor
@@ -167,11 +167,26 @@ def test_spellings_of_one_page_are_one_task(site: Site) -> None:
     assert [(c["task_data"]["url"], c["unique_key"]) for c in outcome.new_tasks] == [(site.url + "/a?b=1&c=2",) * 2]
 
 
+def test_the_start_page_is_not_fetched_again_whichever_page_links_it(site: Site) -> None:
+    """Its task has no key of its own in the batch."""
+    site.pages["/"] = reply(b'<a href="/a">a</a>')
+    site.pages["/a"] = reply(b'<a href="/">home</a><a href="/b">b</a>')
+    (first,) = run(site.url + "/", follow={}).new_tasks
+    second = run(**first["task_data"])
+    assert [new_task["unique_key"] for new_task in second.new_tasks] == [site.url + "/b"]
+    assert second.new_tasks[0]["task_data"]["start"] == site.url + "/"
+
+
+def test_a_key_that_is_not_known_is_refused_with_the_one_that_was_meant(site: Site) -> None:
+    assert "did you mean fields?" in refused(run(site.url + "/", feilds={"a": "b"}))
+    assert site.requests == []
+
+
 def test_a_child_gets_no_body_and_no_expression(site: Site) -> None:
     site.pages["/x"] = reply(PAGE)
     outcome = run(site.url + "/x", form={"q": "1"}, follow={}, headers={"X-Key": "k"})
     assert [set(c["task_data"]) for c in outcome.new_tasks] == [
-        {"url", "depth", "follow", "timeout_seconds", "headers"}
+        {"url", "depth", "start", "follow", "timeout_seconds", "headers"}
     ] * 3
     assert outcome.new_tasks[0]["task_data"]["headers"] == {"X-Key": "k"}
 

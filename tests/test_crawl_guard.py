@@ -41,6 +41,28 @@ PUBLIC = (
 )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def nothing_leaves_this_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever a mistake in the guard lets through: no name but localhost is looked up, no address connected to."""
+    look_up, connect, strangers = socket.getaddrinfo, socket.socket.connect, []
+
+    def only_here(host: Any, *arguments: Any, **options: Any) -> Any:
+        if literal_address(str(host)) is None and str(host).rstrip(".") != "localhost":
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return look_up(host, *arguments, **options)
+
+    def only_loopback(self: socket.socket, where: Any) -> None:
+        if not ipaddress.ip_address(where[0].partition("%")[0]).is_loopback:
+            strangers.append(where)
+            raise OSError("a test must not leave this machine")
+        connect(self, where)
+
+    monkeypatch.setattr(socket, "getaddrinfo", only_here)
+    monkeypatch.setattr(socket.socket, "connect", only_loopback)
+    yield
+    assert strangers == []
+
+
 @pytest.mark.parametrize("text", NOT_PUBLIC)
 def test_an_address_that_is_not_public_is_known_as_one(text: str) -> None:
     assert why_not_public(parse_address(text))

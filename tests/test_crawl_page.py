@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import codecs
 import random
+import threading
+import time
 from html.parser import HTMLParser
+from http.server import BaseHTTPRequestHandler
 
 import pytest
-from crawl_site import PAGE, Site, fetched, followed, reply, run
+from crawl_site import PAGE, Reply, Site, fetched, followed, refused, reply, retried, run
 
 from executors.web import page as reading
 from executors.web.fetch import Page
@@ -159,6 +162,34 @@ def test_no_broken_page_takes_more_time_than_its_size(end: str) -> None:
         headless = Page("http://x/", 200, {}, unit * 2_000)
         reading.is_html(headless)
         reading.decode(headless)
+
+
+@pytest.mark.parametrize("unit", [b" x", b"<b>", b"<b x='>'>", b"< "])
+def test_a_page_that_is_slow_to_read_ends_in_time_and_when_it_is_cancelled(site: Site, unit: bytes) -> None:
+    site.pages["/x"] = reply(b"<a " + unit * (10 * 1024 * 1024 // len(unit) - 10))
+    started = time.monotonic()
+    outcome = run(site.url + "/x", timeout_seconds=1)
+    assert "took longer than 1 s" in retried(outcome) and outcome.error_type == "OutOfTime"
+    sent = threading.Event()
+    site.pages["/y"] = after(sent, site.pages["/x"])
+    assert "cancelled" in refused(run(site.url + "/y", is_cancelled=sent.is_set, timeout_seconds=60))
+    assert time.monotonic() - started < 8
+
+
+def after(sent: threading.Event, answer: Reply) -> Reply:
+    def then(handler: BaseHTTPRequestHandler) -> None:
+        answer(handler)
+        sent.set()
+
+    return then
+
+
+def test_links_that_are_slow_to_choose_from_end_in_time(site: Site) -> None:
+    links = b"".join(b"<a href=/%d/%s>" % (i, b"/shop" * 60 + b"/" * 600) for i in range(2000))
+    site.pages["/x"] = reply(links)
+    assert "took longer than 1 s" in retried(
+        run(site.url + "/x", timeout_seconds=1, follow={"deny": [r"/shop/.*/.*\.html"]})
+    )
 
 
 def test_what_html_parser_finds_on_a_well_formed_page_is_found_here() -> None:

@@ -267,6 +267,7 @@ def test_a_deputy_beats_with_nothing_but_the_boot_id_and_not_for_ever(
     patient = tmp_path / "impatient_worker.py"
     patient.write_text(
         f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport worker\n"
+        "import executors.device.holding\nexecutors.device.holding.SHORTEST_PATIENCE_SECONDS = 1.0\n"
         "worker.DEPUTY_EXTRA_SECONDS = 0.5\nos._exit(worker.main())"
     )
     task = fake.give("hold_interpreter", {"seconds": 5}, execution_timeout_seconds=1)

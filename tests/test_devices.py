@@ -90,9 +90,10 @@ def test_a_beat_starts_a_task_in_the_books_and_shows_its_progress(world: World) 
     task_id = world.submit()
     task = world.take()
     world.beat(holding=(held(task, progress=0.25),))
-    world.beat(holding=(held(task, progress=0.5),))
+    world.beat(holding=(Held(task.assignment_id, task.lease_id, "running", 0.5, "half of it"),))
     assert world.row(task_id)["status"] == "running"
-    assert world.attempt(task.assignment_id)["progress"] == 0.5
+    attempt = world.attempt(task.assignment_id)
+    assert (attempt["progress"], attempt["progress_message"]) == (0.5, "half of it")
 
 
 def test_a_forged_lease_in_a_beat_is_not_believed(world: World) -> None:
@@ -125,6 +126,19 @@ def test_a_sign_of_life_keeps_a_device_online_and_says_nothing_about_its_tasks(w
     seen = device(world)
     assert (seen["last_heartbeat_at"], seen["problem"], seen["cpu_usage"]) == (world.now, "spool_full", 50.0)
     assert len(world.rows("SELECT id FROM af_device_heartbeat")) == 1
+
+
+def test_what_a_device_never_confirmed_goes_to_others_while_it_only_gives_a_sign_of_life(world: World) -> None:
+    """Its interpreter is held by a task: the reply with this one may lie unread for long."""
+    world.register()
+    unread = world.submit()
+    assert [task.id for task in world.pull(seq=1, ack=0)] == [unread]
+    for seconds, status in ((20, "assigned"), (20, "pending")):
+        world.now += seconds
+        world.beat(holding=None)
+        assert world.row(unread)["status"] == status
+    assert world.row(unread)["lost_count"] == 0
+    assert world.take("shop-2").id == unread
 
 
 def test_a_beat_without_holding_keeps_its_figures_and_releases_nothing(world: World) -> None:

@@ -12,7 +12,9 @@ from world import World
 
 import db
 import devices
+import lanes
 import reasons
+from backlog import Backlog
 from dispatcher import Reply
 from reads import Reads
 
@@ -85,15 +87,15 @@ def test_a_paused_batch_sends_nothing_and_resumes_where_it_was(world: World) -> 
     assert [task.id for task in world.pull(limit=5)] == [paused]
 
 
-def test_a_paused_or_closed_lane_sends_nothing(world: World) -> None:
+def test_a_paused_lane_sends_nothing_until_it_is_resumed(world: World) -> None:
     world.register()
     task_id = world.submit()
-    world.store.write(lambda tx: tx.execute("UPDATE af_lane SET paused = 1"))
+    lane_id = world.row(task_id)["lane_id"]
+    assert world.store.write(lanes.pause_lane, lane_id, "site is down")
     assert world.pull() == []
-    world.store.write(lambda tx: tx.execute("UPDATE af_lane SET paused = 0, closed_until = ?", (world.now + 60,)))
-    assert world.pull() == []
-    world.now += 61
+    assert world.store.write(lanes.resume_lane, lane_id)
     assert world.pull()[0].id == task_id
+    assert not world.store.write(lanes.pause_lane, 999, None)
 
 
 def test_draining_and_disabled_devices_get_nothing(world: World) -> None:
@@ -379,7 +381,7 @@ def explain(world: World, task_id: int) -> reasons.Explanation:
     assert task is not None
     found = reasons.explain(
         task,
-        reads.lane(task["lane_id"], world.now),
+        Backlog(reads).lane_of(task_id, world.now, world.now),
         reads.batch(task["batch"]) if task["batch"] else None,
         reads.devices(world.now, 300.0),
         world.dispatcher.is_asking,

@@ -23,7 +23,7 @@ import strategies
 import worker
 import writer
 from executors import task_executor
-from executors.device import pulls, reports
+from executors.device import holding, pace, pulls, reports
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -224,11 +224,15 @@ DEFAULTS = settings.Settings()
         f"{scheduler.CHUNK} at a time",
         f"held up to {DEFAULTS.pull_wait_seconds:g} s",
         f"full for {pulls.FULL_SECONDS:g} s holds one with `limit` 0",
-        f"for `task_timeout` + {worker.DEPUTY_EXTRA_SECONDS:g} s at most",
+        f"{holding.SHORTEST_PATIENCE_SECONDS:g} s at least, and {worker.DEPUTY_EXTRA_SECONDS:g} s more",
         f"Every {DEFAULTS.heartbeat_interval:g} s, from a thread of its own",
         f"After `device_timeout` ({DEFAULTS.device_timeout:g} s)",
         f"the master takes it back {db.GRACE_SECONDS:g} s later",
         f"Up to {reports.REPORTS_PER_REQUEST} in a request",
+        f"Each has `start_within_seconds` {db.START_WITHIN_SECONDS:g}: the device hands back what it has not begun by then,"
+        f" and {db.GIVE_AWAY_SECONDS:g} s later",
+        f"keep a slot for under {pace.SHORT_SECONDS:g} s on average",
+        f"up to {pace.AHEAD_SECONDS:g} s of work, at most {pace.AHEAD_LIMIT} tasks",
         f"is full ({DEFAULTS.spool_max_bytes // 2**20} MiB)",
         f"running tasks get {DEFAULTS.drain_seconds:g} s",
         f"spread over {DEFAULTS.reconnect_seconds:g} s after an outage",

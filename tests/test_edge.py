@@ -177,6 +177,20 @@ def test_a_package_of_other_bytes_than_the_pinned_ones_is_not_packed(
         maker.fetch_wheels(tmp_path)
 
 
+@pytest.mark.parametrize("version", PYTHONS)
+def test_the_robots_reader_in_it_is_not_held_up_by_wildcards(pyz: Path, tmp_path: Path, version: str) -> None:
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from executors.web.robots import Rules, linear_protego\n"
+        "rules = Rules('User-agent: *\\nDisallow: /*a*a*a*a*b$\\nDisallow: /*.pdf$\\n')\n"
+        "print(linear_protego().__file__, rules.allows('http://a/' + 'a' * 300, 'x'), rules.allows('http://a/x.pdf', 'x'))\n"
+    )
+    command = [PYTHONS[version], "-I", "-S", "-W", "error", "-c", code, str(pyz)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 0, done.stderr
+    assert "worker.pyz" in done.stdout and done.stdout.split()[1:] == ["True", "False"]
+
+
 def test_a_python_that_is_too_old_is_told_in_one_sentence(pyz: Path) -> None:
     old = [path for v in ("2.7", "3.6", "3.7", "3.8") for path in Path.home().glob(f".pyenv/versions/{v}.*/bin/python")]
     if not old:

@@ -140,6 +140,46 @@ def test_an_exception_whose_text_fails_is_still_an_outcome() -> None:
     assert (outcome.error_type, outcome.error_message) == ("Broken", "Broken")
 
 
+def test_an_exception_that_cannot_be_described_is_an_outcome_too(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL + 1)  # what the log's own formatting makes of them is not asked here
+
+    class MySnooze(Snooze):
+        def __init__(self) -> None:
+            pass
+
+    class MyRetry(Retry):
+        def __init__(self) -> None:
+            pass
+
+    class Exits(Exception):
+        def __str__(self) -> str:
+            raise SystemExit(1)
+
+    class Nameless(type):
+        @property
+        def __name__(cls) -> str:  # type: ignore[override]
+            raise KeyboardInterrupt
+
+    class Unnamed(Exception, metaclass=Nameless):
+        pass
+
+    class Late(Snooze):
+        def __init__(self) -> None:
+            pass
+
+        def __getattribute__(self, name: str) -> Any:
+            return sys.exit(2) if name == "seconds" else super().__getattribute__(name)
+
+    assert (run(raising(MySnooze())).outcome, run(raising(MySnooze())).snooze_seconds) == ("snoozed", 60.0)
+    assert (run(raising(Late())).outcome, run(raising(Late())).snooze_seconds) == ("snoozed", 60.0)
+    retry = run(raising(MyRetry()))
+    assert (retry.error_type, retry.retry, retry.retry_after_seconds) == ("MyRetry", True, None)
+    exits = run(raising(Exits()))
+    assert (exits.outcome, exits.error_type, exits.error_message) == ("failed", "Exits", "Exits")
+    unnamed = run(raising(Unnamed()))
+    assert (unnamed.outcome, unnamed.retry) == ("failed", True) and unnamed.error_message
+
+
 def test_an_executor_without_execute_task_is_not_retried() -> None:
     outcome = task_executor.run(TaskExecutor("half"), {"id": 1})
     assert (outcome.outcome, outcome.retry) == ("failed", False)

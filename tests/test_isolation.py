@@ -57,6 +57,13 @@ class OtherExecutor(CodeExecutor):
         TaskExecutor.__init__(self, "other")
 
 
+class FreeExecutor(CodeExecutor):
+    memory_limit_mb = 0
+
+    def __init__(self):
+        TaskExecutor.__init__(self, "free")
+
+
 class SmallExecutor(CodeExecutor):
     memory_limit_mb = 200
 
@@ -287,6 +294,7 @@ def test_the_device_sets_the_limit_of_executors_that_set_none(tmp_path: Path) ->
         large = "hoard = bytearray(160 * 1024 * 1024)"
         assert bench.run(large).error_message == "over its memory limit of 150 MB"
         assert bench.run(large, kind="small").outcome == "completed"
+        assert bench.run("hoard = bytearray(300 * 1024 * 1024)", kind="free").outcome == "completed"
     finally:
         bench.children.end_all()
 
@@ -406,11 +414,160 @@ def test_a_child_that_died_between_two_tasks_is_not_the_second_ones_fault(bench:
 
 def test_a_child_that_an_earlier_task_still_holds_is_replaced(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child, "BEGIN_SECONDS", 0.5)
-    late = "threading.Timer(0.1, re.match, ['(a+)+$', 'a' * 60 + 'b']).start(); answer = {'pid': os.getpid()}"
-    pid = bench.run(late).result["pid"]  # type: ignore[index]
-    wait_for("the thread that holds the interpreter", lambda: psutil.Process(pid).cpu_times().user > 0.5, 10)
+    pid = bench.pid()
+    os.kill(pid, signal.SIGSTOP)
     assert bench.pid() != pid
     assert not is_running(pid)
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True], ids=["runs", "is cancelled"])
+def test_what_an_earlier_task_left_writing_holds_up_no_later_one(bench: Bench, is_cancelled: bool) -> None:
+    left = "subprocess.Popen(['sh', '-c', 'sleep 0.1; exec yes ' + 'y' * 100])\nanswer = {'pid': os.getpid()}"
+    pid = bench.run(left).result["pid"]  # type: ignore[index]
+    (idle,) = bench.children._idle
+    wait_for("more than is listened to", idle._events.full)
+    outcomes: list[Outcome] = []
+    ending: child.Ending = (lambda: (CANCELLED, "")) if is_cancelled else lambda: None
+    thread = threading.Thread(target=lambda: outcomes.append(bench.run("", ending=ending)), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert outcomes, "it still listens to the earlier task"
+    assert is_cancelled or outcomes[0].result != {"pid": pid}
+    wait_for("the end of the first child", lambda: not is_running(pid))
+
+
+def test_a_log_slower_than_the_task_delays_neither_its_cancellation_nor_its_end(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child, "CANCEL_GRACE_SECONDS", 1.0)
+    slow = logging.Handler()
+    slow.emit = lambda record: time.sleep(0.001)  # type: ignore[method-assign]
+    printed = logging.getLogger("executors.task_executor")
+    monkeypatch.setattr(printed, "handlers", [slow])
+    monkeypatch.setattr(printed, "propagate", False)
+    monkeypatch.setattr(printed, "level", logging.INFO)
+    printed.manager._clear_cache()  # type: ignore[attr-defined]
+    begun, saw = tmp_path / "begun", tmp_path / "saw"
+    code = f"""
+def look():
+    while not context.cancelled: time.sleep(0.01)
+    Path({str(saw)!r}).touch()
+threading.Thread(target=look).start()
+Path({str(begun)!r}).touch()
+while True:
+    try: os.write(1, b"y\\n" * 30000)
+    except BaseException: pass
+"""
+    clicked: list[float] = []
+
+    def click() -> None:
+        wait_for("its begin", begun.exists)
+        clicked.append(time.monotonic())
+        wait_for("the task to see it", saw.exists)
+        clicked.append(time.monotonic())
+
+    watcher = threading.Thread(target=click)
+    watcher.start()
+    outcome = bench.run(code, ending=lambda: (CANCELLED, "") if clicked else None)
+    ended = time.monotonic()
+    watcher.join(20)
+    assert outcome.error_type == CANCELLED and outcome.log_tail.endswith("y\n")
+    assert clicked[1] - clicked[0] < 1 and ended - clicked[0] < 0.5 + 1.0 + 1.5
+
+
+# ---- what a task leaves behind ----
+
+
+@pytest.mark.parametrize(
+    ("poison", "look"),
+    [
+        ("os.environ['HTTP_PROXY'] = 'x'; del os.environ['PATH']", "dict(os.environ)"),
+        ("os.environ['TZ'] = 'Asia/Tokyo'; time.tzset()", "time.timezone"),
+        ("import tempfile; d = tempfile.mkdtemp(); os.chdir(d); os.rmdir(d)", "os.getcwd()"),
+        ("os.umask(0o777)", "os.umask(0o022)"),
+        ("import socket; socket.setdefaulttimeout(0.001)", "__import__('socket').getdefaulttimeout()"),
+        ("import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, -1))",
+         "__import__('resource').getrlimit(__import__('resource').RLIMIT_FSIZE)"),
+        ("signal.signal(signal.SIGCHLD, signal.SIG_IGN)", "str(signal.getsignal(signal.SIGCHLD))"),
+        ("signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})", "len(signal.pthread_sigmask(0, ()))"),
+        ("signal.setitimer(signal.ITIMER_REAL, 0.3)", "time.sleep(0.5)"),
+        ("os.dup2(os.open('/dev/null', 1), 1)", "os.stat(1).st_ino == os.stat(2).st_ino"),
+        ("sys.stdout = None", "sys.stdout is None"),
+    ],
+)  # fmt: skip
+def test_what_a_task_changes_in_its_process_is_put_back_for_the_next(bench: Bench, poison: str, look: str) -> None:
+    looks = f"answer = {{'pid': os.getpid(), 'seen': {look}}}"
+    before = bench.run(looks)
+    assert before.outcome == "completed", before
+    assert bench.run(poison).outcome == "completed"
+    assert bench.run(looks).result == before.result, "the same process, too"
+
+
+@pytest.mark.parametrize(
+    ("poison", "after_it"),
+    [
+        ("try:\n    while True: os.open('/dev/null', 0)\nexcept OSError: pass", "open('/dev/null').close()"),
+        ("threading.Timer(0.2, os._exit, [9]).start()", "time.sleep(0.4)"),
+        ("for _ in range(40): os.waitid(os.P_PID, os.posix_spawnp('true', ['true'], {}), os.WEXITED | os.WNOWAIT)", ""),
+    ],
+    ids=["descriptors", "a thread", "zombies"],
+)
+def test_a_child_in_which_something_is_left_for_good_is_replaced(bench: Bench, poison: str, after_it: str) -> None:
+    pid = bench.pid()
+    poisoned = bench.run(f"{poison}\nanswer = {{'pid': os.getpid()}}")
+    assert poisoned.result == {"pid": pid}, poisoned
+    outcome = bench.run(f"{after_it}\nanswer = {{'pid': os.getpid()}}")
+    assert outcome.result is not None and outcome.result["pid"] != pid, outcome
+    wait_for("the end of the worn one", lambda: not is_running(pid))
+
+
+def test_a_child_is_kept_after_ordinary_ends(bench: Bench) -> None:
+    pid = bench.pid()
+    for code in ("1 / 0", "raise Snooze(5)", "sys.exit(3)", "answer = None", "task_data['kept'] = open('/dev/null')"):
+        bench.run(code)
+    assert bench.pid() == pid
+
+
+def test_what_an_executor_opens_when_it_is_made_is_no_leftover(tmp_path: Path) -> None:
+    made = """
+class PoolExecutor(CodeExecutor):
+    def __init__(self):
+        TaskExecutor.__init__(self, "pool")
+        self.files = [open("/dev/null") for _ in range(100)]
+        threading.Thread(target=time.sleep, args=[60], daemon=True).start()
+        os.environ["MADE"] = "yes"
+"""
+    bench = Bench(tmp_path)
+    path = tmp_path / "pool_executors.py"
+    path.write_text(EXECUTORS + made)
+    bench.executors = task_executor.load_executors([str(path)])
+    try:
+        code = "answer = {'pid': os.getpid(), 'made': os.environ['MADE']}"
+        first = bench.run(code, kind="pool").result
+        assert first is not None and bench.run(code, kind="pool").result == first
+    finally:
+        bench.children.end_all()
+        os.environ.pop("MADE", None)
+
+
+def test_an_exit_code_is_left_for_the_task_that_asks_for_it(bench: Bench) -> None:
+    bench.run("sys.kept = subprocess.Popen(['sh', '-c', 'exit 3'])")
+    assert bench.run("answer = {'code': sys.kept.wait()}").result == {"code": 3}
+
+
+@pytest.mark.parametrize("end", ["time is up", "the worker stops"])
+def test_a_daemon_without_session_parent_and_environment_ends_too(bench: Bench, tmp_path: Path, end: str) -> None:
+    file = tmp_path / "pid"
+    daemon = f"env -i setsid sh -c 'echo $$ > {file}.new; mv {file}.new {file}; exec sleep 306' &"
+    code = f'subprocess.run(["sh", "-c", {daemon!r}])\nwhile not Path({str(file)!r}).exists(): time.sleep(0.01)'
+    if end == "time is up":
+        outcome = bench.run(f"{code}\ntime.sleep(60)", ending=lambda: ("timeout", "") if file.exists() else None)
+        assert outcome.error_type == "timeout"
+    else:
+        assert bench.run(code).outcome == "completed"
+        assert is_running(int(file.read_text()))
+        bench.children.end_all()
+    assert not is_running(int(file.read_text()))
 
 
 def test_a_copy_of_the_process_that_a_task_forks_answers_nothing(bench: Bench) -> None:
@@ -521,7 +678,8 @@ def test_a_timeout_is_reported_and_frees_the_only_slot(master: FakeMaster, start
 
 
 def test_progress_is_shown_by_a_beat_while_the_task_runs(master: FakeMaster, start: Callable[..., Worker]) -> None:
-    start()
+    """Within seconds, not with the next beat of every 30 s."""
+    start(heartbeat_interval=30)
     task = give(master, "context.progress(0.5, 'half'); time.sleep(60)")
 
     def shown() -> Any:

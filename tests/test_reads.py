@@ -62,7 +62,7 @@ class Fleet:
         with self.transaction() as tx:
             task = db.get_task(tx, task_id)
             assert task is not None
-            assert db.assign(tx, task, device_id, pull_seq=None, is_delivered=True)
+            assert db.assign(tx, [db.Gift(task, device_id, None, True)])
         return self.connection.execute(
             "SELECT id, lease_id FROM af_task_assignment WHERE task_id = ? ORDER BY id DESC", (task_id,)
         ).fetchone()

@@ -24,12 +24,14 @@ def test_the_table_names_all_that_happens_by_itself(scheduler: Scheduler) -> Non
     assert [(seconds, job.__name__) for seconds, job in scheduler.jobs] == [
         (10, "dispatch"),
         (1.0, "promote_due"),
-        (60, "release_overdue"),
+        (1.0, "release_overdue"),
         (60, "release_silent"),
         (60.0, "remember_time"),
         (300.0, "thin_heartbeats"),
         (10.0, "delete_finished"),
         (600.0, "roll_up"),
+        (1.0, "reshape_lanes"),
+        (30.0, "forget_lanes"),
     ]
 
 

@@ -57,6 +57,13 @@ def refusal(mode: str = "master", **how: Any) -> str:
 # ---- the table ----
 
 
+def test_a_password_in_a_url_is_refused_without_being_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        settings.from_arguments("worker", ["--device-id", "a", "--master-url", "http://shop:long-word@10.0.0.1:8000"])
+    said = capsys.readouterr().err
+    assert "http://***@10.0.0.1:8000" in said and "long-word" not in said
+
+
 def test_the_guides_keys_and_defaults_are_the_defaults() -> None:
     assert set(settings.GUIDE_KEYS) == GUIDE_KEYS
     assert {name: getattr(Settings(), name) for name in GUIDE_DEFAULTS} == GUIDE_DEFAULTS
@@ -65,7 +72,7 @@ def test_the_guides_keys_and_defaults_are_the_defaults() -> None:
 def test_every_key_has_a_sentence_a_known_type_and_a_range_where_it_is_a_number() -> None:
     for setting in SETTINGS:
         assert setting.sentence.endswith("."), setting.name
-        assert setting.type in ("str", "int", "float", "bool", "tuple[str, ...]", "dict[str, str]"), setting.name
+        assert setting.type in VALUES, setting.name
         assert ((setting.minimum is not None) and (setting.maximum is not None)) == (setting.type in ("int", "float"))
 
 
@@ -121,6 +128,7 @@ VALUES: dict[str, tuple[str, object]] = {
     "float": ("2.5", 2.5),
     "bool": ("false", False),
     "tuple[str, ...]": ("one,two", ("one", "two")),
+    "tuple[dict[str, Any], ...]": ('[{"name": "user", "key": "username"}]', ({"name": "user", "key": "username"},)),
     "dict[str, str]": ('{"acme": "t0ken-of-a-test"}', {"acme": "t0ken-of-a-test"}),
 }
 OWN_TEXTS = {

@@ -60,6 +60,13 @@ def test_a_batch_is_synced_once_and_whole_before_write_returns(tmp_path: Path, m
     assert synced == [path.stat().st_size for path in segments(tmp_path)]
 
 
+def test_a_file_that_is_not_ours_is_left_alone(three: Path) -> None:
+    foreign = three / "spool" / "000000000001 (1).spool"
+    foreign.write_bytes(b"copied by somebody")
+    assert numbers(reopened(three)) == [1, 2, 3]
+    assert foreign.exists()
+
+
 def test_what_was_acknowledged_does_not_come_back(three: Path) -> None:
     spool = reopened(three)
     acknowledge(spool, [spool.pending()[1]])

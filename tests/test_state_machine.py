@@ -11,6 +11,7 @@ import pytest
 from world import World
 
 import db
+import retention
 from transaction import Policy, Tx
 
 ROOT = Path(__file__).parent.parent
@@ -34,7 +35,7 @@ def bring_to(world: World, state: str) -> tuple[int, object]:
 
 VERBS = {
     "promote": lambda tx, task, attempt: db._move(tx, "promote", task, "pending", next_run_at=None),
-    "assign": lambda tx, task, attempt: db.assign(tx, task, "shop-1", pull_seq=None, is_delivered=True),
+    "assign": lambda tx, task, attempt: db.assign(tx, [db.Gift(task, "shop-1", None, True)]),
     "start": lambda tx, task, attempt: attempt and db.apply_report(tx, "shop-1", db.Report(attempt.assignment_id, attempt.lease_id, "running")).outcome == "accepted",
     "complete": lambda tx, task, attempt: attempt and db.apply_report(tx, "shop-1", db.Report(attempt.assignment_id, attempt.lease_id, "completed")).outcome == "accepted",
     "fail": lambda tx, task, attempt: attempt and db.apply_report(tx, "shop-1", db.Report(attempt.assignment_id, attempt.lease_id, "failed")).outcome == "accepted",
@@ -72,7 +73,7 @@ def test_only_one_function_writes_a_state() -> None:
                 text = ast.unparse(function)
                 if re.search(r"UPDATE\s+af_crawl_tasks\s+SET\s+status", text):
                     writers.append(f"{path.name}:{function.name}")
-    assert writers == ["db.py:_move"]
+    assert writers == ["db.py:_move_all"]
 
 
 def test_the_first_screen_of_db_names_every_state_and_verb() -> None:
@@ -340,6 +341,16 @@ def test_exactly_one_of_many_reports_is_accepted(world: World) -> None:
     assert sorted(outcomes) == ["accepted"] + ["duplicate"] * 15
 
 
+def test_what_comes_of_a_task_needs_its_tags_and_is_retried_as_often(world: World) -> None:
+    world.register(tags=("lan", "selectors"))
+    world.submit(required_tags=("lan",), max_retry_count=0)
+    children = (db.NewTask("echo"), db.NewTask("echo", required_tags=("selectors",), max_retry_count=5))
+    judged = world.report(world.take(), "completed", new_tasks=children)
+    rows = [world.row(task.id) for task in judged.new_tasks if task.id]
+    assert [row["required_tags"] for row in rows] == ['["lan"]', '["lan", "selectors"]']
+    assert [row["max_retry_count"] for row in rows] == [0, 5]
+
+
 def test_work_spawns_work_in_the_transaction_of_the_result(world: World) -> None:
     task_id = world.submit(batch="crawl", unique_key="/")
     delivery = world.take()
@@ -391,8 +402,8 @@ def test_retention_deletes_old_finished_tasks_and_their_counts(world: World) -> 
         world.report(world.take(), "completed", result="{}")
     waiting = world.submit()
     world.now += 31 * 86400
-    assert world.store.write(db.delete_finished, world.now - 30 * 86400, 2) == 2
-    assert world.store.write(db.delete_finished, world.now - 30 * 86400, 2) == 1
+    assert world.store.write(retention.delete_finished, world.now - 30 * 86400, 2) == 2
+    assert world.store.write(retention.delete_finished, world.now - 30 * 86400, 2) == 1
     assert [row["id"] for row in world.rows("SELECT id FROM af_crawl_tasks")] == [waiting]
     for table in ("af_task_payload", "af_task_result", "af_task_assignment"):
         assert world.rows(f"SELECT * FROM {table}") == []
@@ -402,7 +413,7 @@ def test_an_id_is_never_given_twice(world: World) -> None:
     first = world.submit()
     world.report(world.take(), "completed")
     world.now += 1
-    world.store.write(db.delete_finished, world.now)
+    world.store.write(retention.delete_finished, world.now)
     assert world.submit() == first + 1
 
 

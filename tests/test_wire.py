@@ -363,6 +363,7 @@ def body_types() -> list[type[wire.Body]]:
 @pytest.mark.parametrize("type_", body_types())
 def test_every_text_of_a_body_is_a_name_a_line_or_free_text_that_is_cleaned(type_: type[wire.Body]) -> None:
     cleaned = {"error_message", "error_type", "reason", "log_tail", "message", "problem"}
+    cleaned |= {"limit_closed_until", "limit_name"}
     for name, hint in typing.get_type_hints(type_, include_extras=True).items():
         info = msgspec.inspect.type_info(hint) if name in type_.__struct_fields__ else None
         shapes = info.types if isinstance(info, msgspec.inspect.UnionType) else (info,)

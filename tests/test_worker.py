@@ -18,7 +18,7 @@ import requests
 from fake_master import Answer, Dripping, FakeMaster, captive_portal, problem
 
 import worker
-from executors.device import link, machine, pulls, reports
+from executors.device import holding, link, machine, pace, pulls, reports
 from executors.device.spool import Spool
 from settings import ExitCode, Settings
 
@@ -215,14 +215,15 @@ def test_a_long_task_reports_its_start_and_a_fast_one_only_its_end(master: FakeM
     assert [entry["outcome"] for entry in master.reports_of(fast, starts=True)] == ["completed"]
 
 
-def test_many_tasks_are_each_reported_once_in_batches_of_at_most_100(master: FakeMaster, device: Device) -> None:
-    tasks = [master.give("echo", {"n": n}) for n in range(300)]
-    device.start("--concurrent-tasks", "64")
-    master.wait_for(lambda: len(master.reports) >= 300, "300 reports")
+def test_many_tasks_are_each_reported_once_in_batches_of_at_most_500(master: FakeMaster, device: Device) -> None:
+    tasks = [master.give("echo", {"n": n}) for n in range(1200)]
+    master.script["report"].extend([problem(503, "busy")] * 8)
+    device.start("--concurrent-tasks", "100")
+    master.wait_for(lambda: len(master.reports) >= 1200, "1200 reports", 30)
     device.signal(signal.SIGTERM)
     assert device.wait() == ExitCode.OK
     assert sorted(entry["assignment_id"] for entry in master.reports) == [task["assignment_id"] for task in tasks]
-    assert max(master.report_sizes) <= 100
+    assert max(master.report_sizes) == reports.REPORTS_PER_REQUEST == 500
 
 
 def test_an_assignment_that_is_delivered_again_is_not_run_again(master: FakeMaster, device: Device) -> None:
@@ -818,10 +819,12 @@ def test_the_contract_names_the_numbers_that_the_code_has() -> None:
     for sentence in (
         f"held up to pull_wait_seconds ({defaults.pull_wait_seconds:g}, at most 25)",
         f"Full for {pulls.FULL_SECONDS:g} s",
-        f"task_timeout + {worker.DEPUTY_EXTRA_SECONDS:g} s",
+        f"{holding.SHORTEST_PATIENCE_SECONDS:g} s at least, and {worker.DEPUTY_EXTRA_SECONDS:g} s more",
         f"Every heartbeat_interval ({defaults.heartbeat_interval:g} s",
         f"At most {reports.REPORTS_PER_REQUEST} in a request",
         f"has run for {worker.START_REPORT_SECONDS:g} s",
+        f"(under {pace.SHORT_SECONDS:g} s) a pull also asks for as many as make about {pace.AHEAD_SECONDS:g} s of work,"
+        f" at most {pace.AHEAD_LIMIT}",
         f"{worker.CANCEL_GRACE_SECONDS:g} s later SIGKILL",
         f"Connecting takes at most {link.CONNECT_SECONDS:g} s",
         f"pull: wait + {pulls.PULL_EXTRA_SECONDS:g} s, beat {worker.BEAT_SECONDS:g}, report {reports.REPORT_SECONDS:g}",
@@ -847,6 +850,19 @@ def test_waits_grow_have_an_end_and_are_spread_after_an_outage() -> None:
     for a_link._failures in range(2, 12):
         waits.append(a_link._longest_wait(gone))
     assert waits == [2, 4, 8, 16, 32, 60, 60, 60, 60, 60]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_process_that_a_task_forks_does_not_keep_the_state_folder(tmp_path: Path) -> None:
+    take = "import os, time, worker; from settings import Settings\n"
+    take += f"worker.take_folder(Settings(device_id='shop-7', state_folder={str(tmp_path)!r}))\n"
+    fork = take + "pid = os.fork()\nif not pid: os.close(1); time.sleep(60)\nprint(pid, flush=True); os._exit(0)"
+    first = subprocess.run([sys.executable, "-c", fork], cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=30)
+    try:
+        again = subprocess.run([sys.executable, "-c", take], cwd=ROOT, capture_output=True, text=True, timeout=30)
+        assert again.returncode == 0, again.stderr
+    finally:
+        os.kill(int(first.stdout), signal.SIGKILL)
 
 
 def test_no_proxy_stands_between_a_device_and_a_master_on_the_same_machine(monkeypatch: pytest.MonkeyPatch) -> None:

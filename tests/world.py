@@ -8,6 +8,7 @@ from typing import Any
 
 import db
 import devices
+import limits
 from dispatcher import Delivery, Dispatcher
 from store import Store
 from transaction import Policy, Tx
@@ -21,18 +22,30 @@ class World:
     def __init__(self, folder: Path, policy: Policy | None = None, strategy: str = "least_tasks") -> None:
         self.now = START
         self.wall_offset = 0.0
+        self.jumped = 0.0
         self.path = folder / "distribution.db"
-        self.store = Store(
-            self.path, policy=policy or Policy(), moments=lambda: (self.now, self.now + self.wall_offset)
-        )
-        self.presence = devices.Presence(START)
-        self.dispatcher = Dispatcher(self.store, self.presence, strategy=strategy, max_held_polls=100)
-        self.store.open()
+        self.policy = policy or Policy()
+        self.strategy = strategy
         self.boots: dict[str, str] = {}
         self.beats: dict[str, int] = {}
+        self._open()
+
+    def _open(self) -> None:
+        self.store = Store(self.path, policy=self.policy, moments=lambda: (self.now, self.now + self.wall_offset))
+        self.presence = devices.Presence(self.now)
+        self.dispatcher = Dispatcher(self.store, self.presence, strategy=self.strategy, max_held_polls=100)
+        self.store.open()
+        self.store.write(limits.resume_clock, "this-boot", self.now - self.jumped)
 
     def close(self) -> None:
         self.store.close()
+
+    def reopen(self, jump: float = 0.0) -> None:
+        """The master stops and starts again: what is not in the database is gone. `jump`: its clock begins elsewhere."""
+        self.store.close()
+        self.now += jump
+        self.jumped += jump
+        self._open()
 
     def submit(self, **fields: Any) -> int:
         """One task; its id."""
@@ -113,3 +126,14 @@ class World:
         )
         for lane in waiting:
             assert (lane["waiting"], lane["top_priority"]) == (lane["n"], lane["top"])
+        unfinished = self.rows(
+            "SELECT lane_id, COUNT(*) AS n FROM af_crawl_tasks WHERE finished_at IS NULL GROUP BY lane_id"
+        )
+        kept = self.rows("SELECT id AS lane_id, unfinished AS n FROM af_lane WHERE unfinished > 0")
+        assert sorted(map(str, unfinished)) == sorted(map(str, kept))
+        for key in self.rows(
+            "SELECT key.id, key.running, (SELECT COUNT(*) FROM af_lane_key JOIN af_crawl_tasks AS task"
+            " ON task.lane_id = af_lane_key.lane_id WHERE key_id = key.id AND task.status IN ('assigned', 'running'))"
+            " AS n FROM af_limit_key AS key"
+        ):
+            assert key["running"] == key["n"]

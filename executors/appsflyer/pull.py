@@ -17,7 +17,7 @@ from datetime import date, datetime, timedelta
 from typing import Any, Optional
 
 from executors.appsflyer.window import TIME_FORMAT, Window, utc_today
-from executors.task_executor import DoNotRetry
+from executors.task_executor import DoNotRetry, refuse_unknown
 
 RAW_NAMES = """
     installs_report in_app_events_report uninstall_events_report reinstalls organic_installs_report
@@ -46,11 +46,10 @@ TEXT_NAMES = """
 """
 TEXT_OPTIONS = tuple(TEXT_NAMES.split())
 LIST_OPTIONS = ("agency", "event_name", "additional_fields")
-OPTIONS = (*TEXT_OPTIONS, "maximum_rows", "days_per_pull", "required_tags")
+OPTIONS = (*TEXT_OPTIONS, "maximum_rows", "days_per_pull")
 FIELDS = ("credential", "username", "app_id", "report", "start_date", "end_date", "from_time", "to_time", *OPTIONS)
 
 APP_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-]{0,127}")
-TAG = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
 
 
 @dataclass(frozen=True)
@@ -128,8 +127,6 @@ class Pull:
             new_task["priority"] = task["priority"]
         if task.get("execution_timeout_seconds"):
             new_task["execution_timeout_seconds"] = max(1, int(task["execution_timeout_seconds"]))
-        if self.options.get("required_tags"):
-            new_task["required_tags"] = self.options["required_tags"]
         return new_task
 
 
@@ -196,11 +193,6 @@ def read_options(task_data: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise DoNotRetry(f"{name} is {count!r:.100}: write a whole number from 1")
         options[name] = count
-    tags = task_data.get("required_tags")
-    if tags:
-        if not isinstance(tags, list) or not all(isinstance(tag, str) and TAG.fullmatch(tag) for tag in tags):
-            raise DoNotRetry(f'required_tags is {tags!r:.100}: write a list of tags, such as ["acme"]')
-        options["required_tags"] = tags
     return options
 
 
@@ -238,11 +230,3 @@ def read_time(value: Any, name: str) -> datetime:
         return datetime.strptime(value, TIME_FORMAT)
     except (ValueError, TypeError):
         raise DoNotRetry(f"{name} is {value!r:.100}: write YYYY-MM-DD HH:MM:SS") from None
-
-
-def refuse_unknown(given: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, 1)
-            meant = f"did you mean {near[0]}?" if near else f"it may hold {', '.join(known)}"
-            raise DoNotRetry(f"{where}.{name!s:.100} is not known: {meant}")

@@ -15,6 +15,7 @@ is given up. After a failed one: rand(0, 2, 4, 8 ... 60 s).
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import random
@@ -57,7 +58,7 @@ class ArtifactFiles:
             if path.name in names:
                 self._waiting[names[path.name]] = sum(file.lstat().st_size for file in path.iterdir())
             else:
-                shutil.rmtree(path, ignore_errors=True)
+                _remove(path)
 
     def folder_of(self, assignment_id: Any) -> Path:
         """Where its executor writes; made when it asks for a first file."""
@@ -67,11 +68,14 @@ class ArtifactFiles:
         """Before the report of a task that ended: its files are on the disk to stay, or gone if it did not complete."""
         if outcome.outcome == "completed":
             if not outcome.artifacts:
-                return outcome  # the usual case, which must not cost a look at the disk
+                self._drop_strange(assignment_id, outcome)
+                return outcome
             reason = self._unfit(outcome.artifacts)
             try:
                 if reason is None:
-                    self._sync(assignment_id, outcome.artifacts)
+                    self._drop_strange(assignment_id, outcome)
+                    if outcome.artifacts:
+                        self._sync(assignment_id, outcome.artifacts)
                     return outcome
             except OSError as error:
                 outcome = _failed(outcome, "artifact_unwritable", f"a file is not on the disk: {error.strerror}", True)
@@ -88,6 +92,27 @@ class ArtifactFiles:
             if entry["bytes"] > self.largest_bytes:
                 return f"{entry['name']} has {entry['bytes']} bytes, the master takes {self.largest_bytes} a file"
         return None
+
+    def _drop_strange(self, assignment_id: Any, outcome: Outcome) -> None:
+        """What lies in the folder and is none of the task's files: never sent, so gone, and said."""
+        folder = self.folder_of(assignment_id)
+        try:
+            found = list(folder.iterdir())
+        except FileNotFoundError:
+            return  # the usual case: no file was asked for
+        except OSError:
+            found = []
+        names = {entry["name"] for entry in outcome.artifacts}
+        strange = sorted(path.name for path in found if path.name not in names or not _is_file(path))
+        if strange:
+            text = f"these are no files that context.artifact() named, and are not sent: {', '.join(strange)[:500]}"
+            log.warning("artifacts dropped assignment=%s: %s", assignment_id, text)
+            outcome.log_tail += f"{text}\n"
+        for name in strange:
+            _remove(folder / name)
+        outcome.artifacts = [entry for entry in outcome.artifacts if entry["name"] not in strange]
+        if not outcome.artifacts:
+            _remove(folder)
 
     def _sync(self, assignment_id: Any, artifacts: list[dict[str, Any]]) -> None:
         folder = self.folder_of(assignment_id)
@@ -106,9 +131,7 @@ class ArtifactFiles:
         """Nobody needs its files any more."""
         with self._lock:
             self._waiting.pop(assignment_id, None)
-        folder = self.folder_of(assignment_id)
-        if folder.exists():
-            shutil.rmtree(folder, ignore_errors=True)
+        _remove(self.folder_of(assignment_id))
 
     def drop_sent(self, assignment_id: Any) -> None:
         """Its report is acknowledged. Most have no files, and cost no look at the disk."""
@@ -183,6 +206,20 @@ class Uploader:
             seconds = max(seconds, error.seconds)
         log.warning("artifact not sent: %s; again in %.1f s", error, seconds)
         time.sleep(seconds)
+
+
+def _is_file(path: Path) -> bool:
+    """A link to a file is none: who knows where it leads."""
+    return path.is_file() and not path.is_symlink()
+
+
+def _remove(path: Path) -> None:
+    """Whatever it is, and if it can be."""
+    with contextlib.suppress(OSError):
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _failed(outcome: Outcome, error_type: str, message: str, retry: bool) -> Outcome:

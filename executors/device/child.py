@@ -7,9 +7,10 @@ without any. The slot's thread gives it a task and follows what it says. When th
                     gets SIGTERM; CANCEL_GRACE_SECONDS (5) after that the whole process tree gets SIGKILL
     out of time     the same without the 0.5 s
 
-and the next task gets a new child. A child that dies takes only its own task with it, and the end is told as what it
-was: timeout, killed (by signal 9), out_of_memory, exited (exit code 3). The child dies with the worker; what a dead
-worker left all the same is killed by its next start, known by the files in the state folder.
+and the next task gets a new child, as it does after one that left its child worn (wear.py), or something in it that
+writes without end. A child that dies takes only its own task with it, and the end is told as what it was: timeout,
+killed (by signal 9), out_of_memory, exited (exit code 3). The child dies with the worker; what a dead worker left all
+the same is killed by its next start, known by the files in the state folder.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import codecs
 import contextlib
 import json
 import logging
+import math
 import os
 import queue
 import secrets
@@ -47,6 +49,10 @@ SEND_SECONDS = BEGIN_SECONDS = 10.0
 REST_SECONDS = 1.0
 WAIT_SECONDS = 5.0
 EVENTS_WAITING = 100
+# What a used child may still have to say at the begin of the next task, how long it is listened to, how much is logged.
+OLD_EVENTS, OLD_BYTES, OLD_SECONDS, OLD_LOG_BYTES = 1000, 256 * 1024, 0.5, 4000
+# How often, at least, a task that talks without a pause is looked after.
+LOOK_SECONDS = 0.05
 ATTEMPTS = 3
 SIGKILL = 9  # signal has no such name on Windows
 TIMEOUT, CANCELLED, RELEASED, KILLED, NOT_STARTED = "timeout", "cancelled", "released", "killed", "not_started"
@@ -73,6 +79,8 @@ class Child:
         self._serial = 0
         self._events: queue.Queue[tuple[str, Any]] = queue.Queue(EVENTS_WAITING)
         self.is_ended = self.is_forgotten = False
+        self.worn = ""  # why it shall do no other task
+        self._ending = threading.Lock()  # a stop may meet the end of its task
         root = str(Path(executors.__path__[0]).resolve().parent)
         environment = {name: value for name, value in os.environ.items() if name not in _KEPT_BACK}
         self.process = subprocess.Popen(
@@ -151,7 +159,7 @@ class Child:
         except queue.Empty:
             return ("", None)
 
-    def _send(self, order: Mapping[str, Any]) -> None:
+    def _send(self, order: Mapping[str, Any], ending: Ending = lambda: None) -> None:
         left = memoryview(as_frame(order))
         until = time.monotonic() + SEND_SECONDS
         while left:
@@ -161,7 +169,7 @@ class Child:
                 ready = select.poll()
                 ready.register(self._stdin, select.POLLOUT)
                 ready.poll(POLL_SECONDS * 1000)
-                if time.monotonic() > until:
+                if time.monotonic() > until or ending() is not None:
                     raise ChildGone("does not read its orders") from None
             except (OSError, ValueError) as error:
                 raise ChildGone(str(error)) from None
@@ -171,19 +179,28 @@ class Child:
     def run(self, order: Mapping[str, Any], context: task_executor.Context, ending: Ending) -> task_executor.Outcome:
         """Run one task to whatever end; `context` gets what it says. ChildGone if a used child had not even begun."""
         self._serial += 1
-        self._forget_events()
-        self._send({"run": {**order, "number": self._serial}})
+        self._forget_events(ending)
+        self._send({"run": {**order, "number": self._serial}}, ending)
         return _Following(self, self._serial, context, ending, order["memory_limit_mb"]).follow()
 
-    def _forget_events(self) -> None:
-        """What it said after its last task: its output is only logged."""
-        with contextlib.suppress(queue.Empty):
-            while True:
+    def _forget_events(self, ending: Ending) -> None:
+        """What it said after its last task: its output is only logged. What an earlier task left may write for ever."""
+        until, printed, size = time.monotonic() + OLD_SECONDS, b"", 0
+        try:
+            for _ in range(OLD_EVENTS):
                 kind, content = self._events.get_nowait()
                 if kind == _CLOSED:
                     raise ChildGone("ended between two tasks")
                 if kind == _RAW:
-                    log.info("printed child=%d between tasks: %s", self.pid, content.decode("utf-8", "replace").strip())
+                    printed, size = (printed + content)[:OLD_LOG_BYTES], size + len(content)
+                if size > OLD_BYTES or time.monotonic() > until or ending() is not None:
+                    break
+            raise ChildGone("something of an earlier task writes without end")
+        except queue.Empty:
+            return
+        finally:
+            if said := printed.decode("utf-8", "replace").strip():
+                log.info("printed child=%d between tasks: %s", self.pid, said)
 
     def tell(self, word: str) -> None:
         with contextlib.suppress(ChildGone):
@@ -210,6 +227,10 @@ class Child:
 
     def end(self) -> Optional[int]:
         """SIGKILL for what is left of it and of all that it started; its exit code, which may be an earlier one."""
+        with self._ending:
+            return self._end()
+
+    def _end(self) -> Optional[int]:
         if self.is_ended:
             return self.process.returncode
         self.is_ended = True
@@ -243,6 +264,8 @@ class _Following:
         self.outcome: Optional[task_executor.Outcome] = None
         self.why: Optional[tuple[str, str]] = None
         self.step_at = 0.0  # when the next step against it is due
+        self.looked_at = 0.0
+        self.quiet_at = math.inf  # from then on its output is not logged: a slow log may hold up no end
 
     def follow(self) -> task_executor.Outcome:
         while not self.has_said_all:
@@ -269,7 +292,7 @@ class _Following:
 
     def _press(self) -> None:
         """See whether the task shall end, and take the next step against it."""
-        now = time.monotonic()
+        self.looked_at = now = time.monotonic()
         if self.why is None:
             self.why = self.ending()
             if self.why is None:
@@ -278,6 +301,7 @@ class _Following:
             self.child.tell("cancel")
         if not self.is_terminated and now >= self.step_at:
             self.is_terminated, self.step_at = True, now + CANCEL_GRACE_SECONDS
+            self.quiet_at = now + min(REST_SECONDS, CANCEL_GRACE_SECONDS)
             self.child.terminate()
 
     def _take(self, kind: str, content: Any) -> None:
@@ -289,11 +313,11 @@ class _Following:
             self.has_said_all = True
         elif kind == _FRAME:
             ((word, said),) = content.items()
-            if word == "log":
+            if word == "log" and time.monotonic() < self.quiet_at:
                 logging.getLogger(said[1]).log(said[0], "%s", said[2])
             elif word == "began":
                 self.has_begun = True
-            elif said[0] == self.number:  # else a thread that an earlier task left running
+            elif word != "log" and said[0] == self.number:  # else a thread that an earlier task left running
                 self._take_word(word, said[1:])
 
     def _take_word(self, word: str, said: list[Any]) -> None:
@@ -303,17 +327,26 @@ class _Following:
             self.context.progress(said[0], said[1])
         elif word == "end":
             self.outcome = task_executor.Outcome(**said[0])
+            self.child.worn = str(said[1])
             self.has_said_all = True
 
     def _print(self, lines: list[str]) -> None:
         """Whole lines only: what comes by the other pipe shall not stand in the middle of one."""
+        if lines:
+            text = "\n".join(lines) + "\n"
+            self.context.tail.write(text if self.context.tail.ends_line() else f"\n{text}")
         for line in lines:
-            self.context.tail.write(f"{line}\n" if self.context.tail.ends_line() else f"\n{line}\n")
-        task_executor.pass_to_device_log(self.context, lines)
+            now = time.monotonic()
+            if now >= self.quiet_at:
+                break
+            task_executor.pass_to_device_log(self.context, [line])
+            if now - self.looked_at > LOOK_SECONDS:
+                self._press()
 
     def _hear_the_rest(self) -> None:
         """What was said and printed before the end may arrive behind it: there are two pipes."""
         until = time.monotonic() + REST_SECONDS
+        self.quiet_at, self.looked_at = min(self.quiet_at, until), math.inf  # nothing is to be ended any more
         while not (self.has_printed_all and self.has_said_all) and time.monotonic() < until:
             self._take(*self.child.next_event(0.05))
         self._print(self.context.tail.complete_lines(self.decode(b"", True)))
@@ -401,17 +434,23 @@ class Children:
         artifact_folder: Optional[Path] = None,
     ) -> task_executor.Outcome:
         """Run one pulled task in a child and say what became of it."""
+        limit_mb = executor.memory_limit_mb
+        if limit_mb is None:
+            limit_mb = int(self._settings.get("task_memory_mb") or 0)
         order = {
             "task": task,
             **place_of(executor),
             "artifact_folder": str(artifact_folder) if artifact_folder else None,
-            "memory_limit_mb": executor.memory_limit_mb or int(self._settings.get("task_memory_mb") or 0),
+            "memory_limit_mb": limit_mb,
         }
         reason = ""
         for _ in range(ATTEMPTS):
             context = task_executor.Context(task, report_progress=report_progress, settings=self._settings)
+            if reason and (why := ending()) is not None:
+                return task_executor.Outcome("failed", error_type=why[0], error_message=why[1])
             try:
-                child = self._take()
+                # After one that is no good the others may be like it.
+                child = self._start() if reason else self._take()
             except OSError as error:
                 reason = error.strerror or str(error)
                 break
@@ -433,6 +472,9 @@ class Children:
         with self._lock:
             if self._idle:
                 return self._idle.pop()
+        return self._start()
+
+    def _start(self) -> Child:
         known = {name: value for name, value in self._settings.items() if name != "api_key"}
         path = [str(Path(entry).resolve()) for entry in sys.path]
         child = Child({"hello": {"path": path, "level": logging.getLogger().level, "settings": known}}, self._folder)
@@ -447,8 +489,17 @@ class Children:
             if child.is_ended:
                 child.is_forgotten = True
                 self._all.discard(child)
-            else:
+                return
+            if not child.worn:
                 self._idle.append(child)
+                return
+        log.info("child=%d is replaced: %s", child.pid, child.worn)
+        # Its end takes a while, and the report of its task shall not wait for it.
+        threading.Thread(target=self._retire, args=(child,), name="child", daemon=True).start()
+
+    def _retire(self, child: Child) -> None:
+        child.end()
+        self._give_back(child)
 
     def end_idle(self, now: float) -> None:
         """End those that have had no task for IDLE_SECONDS; the memory is the machine's again."""
@@ -458,8 +509,7 @@ class Children:
             tired = [child for child in self._idle if now - child.idle_since > IDLE_SECONDS]
             self._idle = [child for child in self._idle if child not in tired]
         for child in tired:
-            child.end()
-            self._give_back(child)
+            self._retire(child)
 
     def end_all(self) -> None:
         """The device stops: nothing is left running."""

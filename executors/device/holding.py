@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import logging
 import threading
 import time
@@ -16,6 +18,7 @@ from executors.device.spool import Report
 log = logging.getLogger("worker")
 
 REMEMBERED_ASSIGNMENTS = 10_000
+SHORTEST_PATIENCE_SECONDS = 240.0
 QUEUED, RUNNING, REPORTING, GONE = "queued", "running", "reporting", "gone"
 
 
@@ -34,13 +37,14 @@ class Held:
     is_replaced: bool = False  # its thread was left behind: a new one has the slot
     progress: Optional[float] = None
     message: str = ""
+    is_progress_told: bool = True
 
     def is_cancelled(self) -> bool:
         """What the executor asks: cancelled, out of time, or handed back."""
         return self.cancelled is not None or self.phase != RUNNING
 
     def note_progress(self, fraction: float, message: str) -> None:
-        self.progress, self.message = fraction, message
+        self.progress, self.message, self.is_progress_told = fraction, message, False
 
     def is_too_late(self) -> bool:
         within = number(self.task.get("start_within_seconds"), float("inf"), 0, float("inf"))
@@ -60,7 +64,10 @@ class Holding:
         self._held: dict[Any, Held] = {}
         self._recent: deque[Any] = deque(maxlen=REMEMBERED_ASSIGNMENTS)
         self._known: set[Any] = set()
+        self._queue: list[tuple[float, int, Held]] = []  # a heap: by priority, then in order of delivery
+        self._serials = itertools.count()
         self.busy_count = 0  # queued or running
+        self._low_mark = slots - 1  # of busy_count: below it the device asks for more
 
     def add(self, tasks: Iterable[dict[str, Any]], delivered: float) -> list[Held]:
         """Those that are new; what was delivered before is not run again."""
@@ -71,9 +78,18 @@ class Holding:
                 if held.assignment_id not in self._known and held.assignment_id not in self._held:
                     self._remember(held.assignment_id)
                     self._held[held.assignment_id] = held
+                    priority = number(task.get("priority"), 5, -1e9, 1e9)
+                    heapq.heappush(self._queue, (-priority, next(self._serials), held))
                     self.busy_count += 1
                     added.append(held)
+            waiting = max(0, self.busy_count - self.slots)
+            self._low_mark = self.slots - 1 + (waiting + 1) // 2
         return added
+
+    def next_queued(self) -> Held:
+        """The most urgent one that waits for a slot; call it once for each that was added."""
+        with self.changed:
+            return heapq.heappop(self._queue)[2]
 
     def _remember(self, assignment_id: Any) -> None:
         if len(self._recent) == self._recent.maxlen:
@@ -107,7 +123,8 @@ class Holding:
             if held.phase == GONE:
                 del self._held[held.assignment_id]
             self.busy_count -= 1
-            self.changed.notify_all()
+            if self.is_low:
+                self.changed.notify_all()
             return held.phase == REPORTING
 
     def forget(self, assignment_id: Any) -> None:
@@ -133,13 +150,27 @@ class Holding:
     def room(self) -> int:
         return max(0, self.slots - self.busy_count)
 
+    @property
+    def is_low(self) -> bool:
+        """A slot is free, or half of what waited for one at the last delivery has begun."""
+        return self.busy_count <= self._low_mark
+
+    def types_in(self, phase: str) -> list[str]:
+        """The task type of each one that is queued, or running."""
+        with self.changed:
+            return [str(held.task.get("task_type")) for held in self._held.values() if held.phase == phase]
+
     def longest_timeout(self, default: float) -> float:
-        """How long may a task that is here now go on? At least the default."""
-        return max([default, *(number(h.task.get("execution_timeout_seconds"), 0, 0, 1e9) for h in self.busy())])
+        """How long may a task that is here now go on? At least 4 minutes: one may have come this moment."""
+        here = [number(held.task.get("execution_timeout_seconds"), default, 0, 1e9) for held in self.busy()]
+        return max([SHORTEST_PATIENCE_SECONDS, *here])
 
     def busy(self) -> list[Held]:
         with self.changed:
             return [held for held in self._held.values() if held.phase in (QUEUED, RUNNING)]
+
+    def has_progress_to_tell(self) -> bool:
+        return any(not held.is_progress_told for held in self.busy())
 
     def as_holding(self) -> list[dict[str, Any]]:
         """holding[] of a beat."""
@@ -153,6 +184,7 @@ class Holding:
                 "phase": held.phase,
             }
             if held.progress is not None and held.phase == RUNNING:
+                held.is_progress_told = True
                 entry.update(progress=held.progress, message=held.message)
             if held.phase != GONE:
                 entries.append(entry)

@@ -14,8 +14,9 @@ import random
 import socket
 import threading
 import time
-from typing import Any, Callable, Optional, Union
-from urllib.parse import urlsplit
+from types import MappingProxyType
+from typing import Any, Callable, Mapping, Optional, Union
+from urllib.parse import urlencode, urlsplit
 
 import requests
 import requests.adapters
@@ -29,6 +30,7 @@ CONNECT_SECONDS = 5.0
 STALLED_SECONDS = 60.0
 LONGEST_BACKOFF_SECONDS = 60.0
 CANNOT_NOW = (429, 503, 507)
+NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 LARGEST_REPLY_BYTES = 64 * 1024 * 1024
 
 
@@ -159,7 +161,10 @@ class MasterClient:
         self._session.trust_env = False
         if not is_loopback(urlsplit(self.url).hostname or ""):
             self._session.proxies.update(requests.utils.get_environ_proxies(self.url, no_proxy=None))
-        self._session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
+        self._verify: Union[bool, str] = (
+            os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
+        )
+        self._session.verify = self._verify
         self._session.mount("http://", self._adapter)
         self._session.mount("https://", self._adapter)
         self._session.headers.update(
@@ -167,32 +172,33 @@ class MasterClient:
         )
         if settings.api_key:
             self._session.headers["Authorization"] = f"Bearer {settings.api_key}"
+        self._blank = self._session.prepare_request(requests.Request("GET", self.url))
+        self._api_url = str(self._blank.url).rstrip("/") + API
 
     def get(self, path: str, query: dict[str, Any], seconds: float) -> dict[str, Any]:
-        return self._call("GET", path, seconds, params=query)
+        return self._call("GET", f"{path}?{urlencode(query)}", seconds)
 
     def post(self, path: str, body: Union[dict[str, Any], bytes], seconds: float) -> dict[str, Any]:
         content = body if isinstance(body, bytes) else json.dumps(body, separators=(",", ":")).encode()
-        return self._call("POST", path, seconds, data=content, headers={"Content-Type": "application/json"})
+        return self._call("POST", path, seconds, content, {"Content-Type": "application/json"})
 
     def put(self, path: str, query: dict[str, Any], content: Any, seconds: float) -> dict[str, Any]:
         """Send a file (open for reading, or bytes), on a connection of its own: timeouts stay on a connection."""
         headers = {"Content-Type": "application/octet-stream", "Connection": "close"}
-        return self._call("PUT", path, seconds, params=query, data=content, headers=headers)
+        return self._call("PUT", f"{path}?{urlencode(query)}", seconds, content, headers)
 
-    def _call(self, method: str, path: str, seconds: float, **more: Any) -> dict[str, Any]:
+    def _call(
+        self, method: str, path: str, seconds: float, content: Any = None, headers: Mapping[str, str] = NO_HEADERS
+    ) -> dict[str, Any]:
         self.link.wait_turn()
         with self._lock:
             self._deadline, self._cut = time.monotonic() + seconds, ""
-        timeout = (min(CONNECT_SECONDS, seconds), seconds)
         try:
-            with self._session.request(
-                method, self.url + API + path, timeout=timeout, allow_redirects=False, stream=True, **more
-            ) as response:
-                content = bytearray()
+            with self._send(method, path, content, headers, seconds) as response:
+                reply = bytearray()
                 for part in response.iter_content(65536):
-                    content += part
-                    if len(content) > LARGEST_REPLY_BYTES:
+                    reply += part
+                    if len(reply) > LARGEST_REPLY_BYTES:
                         raise Unreachable(f"its answer is larger than {LARGEST_REPLY_BYTES} bytes", was_broken=True)
                 cut = self._cut
         except (OSError, ValueError) as error:  # requests' own exceptions are OSErrors
@@ -202,7 +208,20 @@ class MasterClient:
                 self._deadline = None
         if cut:
             raise self._unreachable(OSError(cut), seconds)
-        return self._judge(response, bytes(content))
+        return self._judge(response, bytes(reply))
+
+    def _send(
+        self, method: str, path: str, content: Any, headers: Mapping[str, str], seconds: float
+    ) -> requests.Response:
+        """As Session.request, without cookies, redirects and hooks, which no call to a master needs: half its time."""
+        request = self._blank.copy()
+        request.method, request.url = method, self._api_url + path
+        request.headers.update(headers)
+        request.prepare_body(content, None)
+        return self._adapter.send(
+            request, stream=True, timeout=(min(CONNECT_SECONDS, seconds), seconds),
+            verify=self._verify, proxies=self._session.proxies,
+        )  # fmt: skip
 
     def _unreachable(self, error: Exception, seconds: float) -> Unreachable:
         if self._cut:

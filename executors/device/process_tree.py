@@ -1,9 +1,10 @@
 """Which processes has a task started, and how do all of them end?
 
 On Linux everything that is below the first process by parent, in its session, or that carries its mark in the
-environment (what left the session and lost its parent still does) is found in /proc. Elsewhere psutil says it, or the
-process group and taskkill do as well as they can. A process is known by pid and start time: a pid alone may belong to
-somebody else by now.
+environment (what left the session and lost its parent still does) is found in /proc. While the first process lives,
+what loses its parent becomes its child, so that a daemon without environment is found too; once it is dead, such a one
+is not. Elsewhere psutil says it, or the process group and taskkill do as well as they can. A process is known by pid
+and start time: a pid alone may belong to somebody else by now.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import importlib
 import os
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ psutil: Any = None
 if not _HAS_PROC:  # else it would only cost memory, in each child
     with contextlib.suppress(ImportError):
         psutil = importlib.import_module("psutil")
+_PR_SET_CHILD_SUBREAPER = 36
 _ROUNDS = 100
 _ROUND_SECONDS = 0.01
 
@@ -56,11 +59,19 @@ def start_time(pid: int) -> str:
     return ""
 
 
+def adopt_orphans() -> None:
+    """From now on what this process' descendants leave behind when they end becomes its child, not that of init."""
+    if sys.platform == "linux":
+        with contextlib.suppress(ImportError, OSError, AttributeError):
+            importlib.import_module("ctypes").CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
 def kill_tree(pid: int, started: str, mark: str) -> None:
     """SIGKILL for that process and everything it started, again until none is left (at most a second or two).
 
-    Call it before the process is waited for: until then its pid cannot be anybody else's. The caller goes last if it is
-    one of them."""
+    Call it before the process is waited for: until then its pid cannot be anybody else's. It is stopped first and goes
+    after all the others: as long as it lives, what loses its parent stays in reach. The caller goes last if it is one
+    of them."""
     if os.name != "posix":
         subprocess.run(["taskkill", "/T", "/F", "/PID", str(pid)], capture_output=True, check=False)
         return
@@ -69,17 +80,25 @@ def kill_tree(pid: int, started: str, mark: str) -> None:
             with contextlib.suppress(OSError):
                 os.killpg(pid, signal.SIGKILL)
         return
-    for _ in range(_ROUNDS):
-        found = members(pid, started, mark)
-        others = [member for member in found if member != os.getpid()]
-        for member in others:
-            with contextlib.suppress(OSError):
-                os.kill(member, signal.SIGKILL)
-        if not others:
+    me = os.getpid()
+    for round_number in range(_ROUNDS):
+        found = members(pid, started, mark) - {me}
+        if not found:
             break
+        if round_number == 0 and pid in found:
+            _signal(pid, signal.SIGSTOP)
+        is_last = found == {pid} and round_number > 0
+        for member in found if is_last else found - {pid}:
+            _signal(member, signal.SIGKILL)
         time.sleep(_ROUND_SECONDS)
-    if os.getpid() in members(pid, started, mark):
-        os.kill(os.getpid(), signal.SIGKILL)
+    for last in (pid, me):
+        if last in members(pid, started, mark):
+            _signal(last, signal.SIGKILL)
+
+
+def _signal(pid: int, number: int) -> None:
+    with contextlib.suppress(OSError):
+        os.kill(pid, number)
 
 
 def members(pid: int, started: str, mark: str) -> set[int]:
@@ -97,9 +116,18 @@ def members(pid: int, started: str, mark: str) -> set[int]:
     return set()
 
 
-def _members_by_proc(pid: int, started: str, mark: str) -> set[int]:
+def zombies_of(pid: int) -> int:
+    """How many processes right below that one have ended and were not waited for, where /proc shows it."""
+    return sum(entry.parent == pid and not entry.is_alive for entry in _entries()) if _HAS_PROC else 0
+
+
+def _entries() -> list[_Entry]:
     numbers = [int(path.name) for path in _PROC.iterdir() if path.name.isdigit()]
-    entries = [entry for number in numbers if (entry := _read_entry(number)) is not None]
+    return [entry for number in numbers if (entry := _read_entry(number)) is not None]
+
+
+def _members_by_proc(pid: int, started: str, mark: str) -> set[int]:
+    entries = _entries()
     is_root_here = any(entry.pid == pid and f"{_boot()}:{entry.started}" == started for entry in entries)
     found = {
         entry.pid

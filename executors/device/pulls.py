@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from typing import Any, Callable, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
 from executors.device.holding import Held, Holding
 from executors.device.link import MasterClient, Unreachable, number
@@ -15,6 +15,13 @@ from settings import Settings
 PULL_EXTRA_SECONDS = 10.0
 FULL_SECONDS = 0.3
 FULL_TICK_SECONDS = 1.0
+
+
+class Wish(NamedTuple):
+    """What a device wants now: as many tasks as slots are free, and of each short type so many to wait for a slot."""
+
+    limit: int
+    ahead: dict[str, int]
 
 
 class Pulls:
@@ -32,14 +39,14 @@ class Pulls:
         registered: threading.Event,
         stopping: threading.Event,
         *,
-        limit: Callable[[], int],
+        wish: Callable[[], Wish],
         take: Callable[[list[Held]], None],
         follow: Callable[[dict[str, Any]], bool],
     ) -> None:
-        """`limit`: how many tasks the device wants now; `take` gets new ones; `follow` gets every reply, and says
-        whether there was news in it."""
+        """`wish`: what the device wants now; `take` gets new tasks; `follow` gets every reply, and says whether there
+        was news in it."""
         self._holding, self._clients, self._registered, self._stopping = holding, clients, registered, stopping
-        self._limit, self._take, self._follow = limit, take, follow
+        self._wish, self._take, self._follow = wish, take, follow
         self._wait_seconds = settings.pull_wait_seconds
         self._query = {"device_id": settings.device_id, "boot_id": boot_id}
         self._seq = self._ack = 0
@@ -49,31 +56,35 @@ class Pulls:
         self._empty_pause = 0.0
 
     def pull(self) -> None:
-        """Wait for a free slot, then one pull."""
-        limit = self._wait_for_a_slot()
-        if limit is not None:
-            self._pull(limit)
+        """Wait until the device wants tasks, then one pull."""
+        wish = self._wait_for_a_wish()
+        if wish is not None:
+            self._pull(wish)
 
-    def _wait_for_a_slot(self) -> Optional[int]:
-        """The limit, as soon as it is not 0; 0 to take back a pull that was cut; None: the device must register.
+    def _wait_for_a_wish(self) -> Optional[Wish]:
+        """The wish, as soon as there is one; an empty one to take back a pull that was cut; None: it must register.
 
         Tasks shorter than FULL_SECONDS cost no listening."""
         until = time.monotonic() + FULL_SECONDS
         with self._holding.changed:
-            while (limit := self._limit()) == 0 and self._registered.is_set():
+            while not any(wish := self._wish()) and self._registered.is_set():
                 if self._is_unanswered:
-                    return 0
+                    return wish
                 left = until - time.monotonic()
                 if left <= 0:
                     self._is_full.set()
                 self._holding.changed.wait(left if left > 0 else FULL_TICK_SECONDS)
         self._is_full.clear()
-        return limit or None
+        return wish if any(wish) else None
 
-    def _pull(self, limit: int) -> None:
+    def _pull(self, wish: Wish) -> None:
+        """Only one for a free slot is held: nothing must come for a queue that has emptied meanwhile."""
         self._seq += 1
+        limit = wish.limit
         wait = self._wait_seconds if limit else 0
         query = {**self._query, "limit": limit, "wait": f"{wait:g}", "seq": self._seq, "ack": self._ack}
+        if wish.ahead:
+            query["ahead"] = ",".join(f"{task_type}:{count}" for task_type, count in wish.ahead.items())
         started = time.monotonic()
         self._open_limit, self._is_unanswered = limit, True
         try:

@@ -17,7 +17,7 @@ from executors.device.spool import Report, Spool
 log = logging.getLogger("worker")
 
 REPORT_SECONDS = 30.0
-REPORTS_PER_REQUEST = 100
+REPORTS_PER_REQUEST = 500
 
 
 class Reporter:

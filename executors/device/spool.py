@@ -70,7 +70,7 @@ class Spool:
     def _replay(self) -> None:
         acknowledged: set[tuple[int, int]] = set()
         reports: list[Report] = []
-        for path in sorted(self.folder.glob("*.spool")):
+        for path in sorted(path for path in self.folder.glob("*.spool") if path.stem.isdigit()):
             self._segment = int(path.stem)
             for offset, kind, payload in self.records(path.read_bytes()):
                 if kind == b"A":

@@ -9,7 +9,7 @@ numbers, so that whatever the task, its C code or its children write to 1 and 2 
             {"cancel": number}                   context.cancelled becomes true
             {"stop": number}                     TaskStopped is raised in the task
     words   {"began": number}, {"tail": [number, text]}, {"log": [level, name, text]},
-            {"progress": [number, fraction, message]}, {"end": [number, outcome]}
+            {"progress": [number, fraction, message]}, {"end": [number, outcome, why it is worn or ""]}
 
 When the worker is gone, however it went, a guard ends this process and all that its tasks have started. The guard is a
 process of its own because a task may be in C code that lets no Python thread run. SIGTERM by itself is ignored: a
@@ -37,7 +37,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Optional
 
 from executors import task_executor
-from executors.device.process_tree import MARK_NAME, kill_tree, start_time
+from executors.device.process_tree import MARK_NAME, adopt_orphans, kill_tree, start_time
+from executors.device.wear import Start
 
 try:
     import resource
@@ -165,6 +166,7 @@ class TaskProcess:
         os.dup2(2, 1)
         if os.name == "posix":
             self._start_guard(words)
+        adopt_orphans()  # behind the guard, which is none of them
         self.words = Words(words)
         self.orders: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self.settings: dict[str, Any] = {}
@@ -254,9 +256,10 @@ class TaskProcess:
             )
         threading.Thread(target=self._listen, args=(stream,), name="listen", daemon=True).start()
         pid = os.getpid()
+        if os.name == "posix":
+            signal.signal(signal.SIGTERM, self._on_terminate)
+        self._start = Start(self._raw)
         while True:
-            if os.name == "posix":
-                signal.signal(signal.SIGTERM, self._on_terminate)
             order = self.orders.get()["run"]
             try:
                 self._run(order)
@@ -297,13 +300,14 @@ class TaskProcess:
         if not self.words.is_open:
             return
         tail.flush()
+        worn = self._start.restore()
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
                 stream.flush()
         with contextlib.suppress(OSError):
             os.write(self._raw, raw_end(self.mark))
         error_type = _ENDINGS.get(outcome.error_type or "", outcome.error_type)
-        self.words.say({"end": [number, vars(replace(outcome, error_type=error_type, log_tail=""))]})
+        self.words.say({"end": [number, vars(replace(outcome, error_type=error_type, log_tail="")), worn]})
 
     def executor_of(self, order: Mapping[str, Any]) -> task_executor.TaskExecutor:
         """The executor that the worker means, made at its first task."""
@@ -315,6 +319,7 @@ class TaskProcess:
             module = module or importlib.import_module(order["module"])
             classes = {cls.__qualname__: cls for cls in task_executor.executor_classes(module)}
             self._executors[key] = classes[order["name"]]()  # type: ignore[call-arg]
+            self._start = Start(self._raw)
         return self._executors[key]
 
     def _say_progress(self, number: int, fraction: float, message: str) -> None:

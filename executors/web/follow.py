@@ -23,9 +23,10 @@ Allows = Callable[[str], bool]
 
 
 def children(
-    order: Order, page: Page, links: list[str], task: Mapping[str, Any], allows: Allows
+    order: Order, page: Page, links: list[str], task: Mapping[str, Any], allows: Allows, look: Callable[[], None]
 ) -> list[dict[str, Any]]:
-    """One new task for each link that may be followed; `allows` is what robots.txt says of the page's own host."""
+    """One new task for each link that may be followed; `allows` is what robots.txt says of the page's own host. `look`
+    is called at each link, and ends it by what it raises."""
     follow = order.follow
     if follow is None or (follow.max_depth is not None and order.depth >= follow.max_depth):
         return []
@@ -33,19 +34,22 @@ def children(
     host = host_of(page.url) if order.depth == 0 else host_of(order.url)
     if follow.same_host and host_of(page.url) != host:
         return []
-    known = {canonical(order.url), canonical(page.url)}
+    # The start page has no key of its own in the batch, wherever its task came from.
+    start = order.start or (page.url if order.depth == 0 else None)
+    known = {canonical(url) for url in (order.url, page.url, start) if url}
     new_tasks = Tasks()
     for link in links:
+        look()
         key = canonical(link)
         if key not in known and may_follow(link, follow, host, allows):
             known.add(key)
-            if not new_tasks.take(page_task(order, link, key, task)):
+            if not new_tasks.take(page_task(order, link, key, task, start)):
                 break
     return new_tasks.taken
 
 
 def from_sitemap(
-    order: Order, source: str, sitemap: Sitemap, task: Mapping[str, Any], allows: Allows
+    order: Order, source: str, sitemap: Sitemap, task: Mapping[str, Any], allows: Allows, look: Callable[[], None]
 ) -> list[dict[str, Any]]:
     """The tasks of the sitemap at `source`: its pages, its sitemaps and, where that is too much for one report, a task
     that goes on where this one stops."""
@@ -53,6 +57,7 @@ def from_sitemap(
     entries = [*((url, False) for url in sitemap.pages), *((url, True) for url in sitemap.sitemaps)]
     new_tasks = Tasks()
     for i, (url, is_sitemap) in enumerate(entries):
+        look()
         if i < order.sitemap_offset:
             continue
         if is_sitemap:
@@ -88,15 +93,20 @@ def may_follow(link: str, follow: Follow, host: str, allows: Allows) -> bool:
     is_same = host_of(link) == host
     if follow.same_host and not is_same:
         return False
-    if any(pattern.search(link) for pattern in follow.deny):
+    if any(finds(link) for finds in follow.deny):
         return False
-    if follow.allow and not any(pattern.search(link) for pattern in follow.allow):
+    if follow.allow and not any(finds(link) for finds in follow.allow):
         return False
     return not is_same or allows(link)
 
 
-def page_task(order: Order, link: str, key: str, task: Mapping[str, Any]) -> dict[str, Any]:
-    new_task = child(order, link, task, {"url": link, "depth": order.depth + 1})
+def page_task(
+    order: Order, link: str, key: str, task: Mapping[str, Any], start: Optional[str] = None
+) -> dict[str, Any]:
+    task_data = {"url": link, "depth": order.depth + 1}
+    if start and order.follow is not None:
+        task_data["start"] = start
+    new_task = child(order, link, task, task_data)
     new_task["unique_key"] = key if len(key) <= MAX_KEY_CHARACTERS else link
     if order.fields or order.items is not None:
         new_task["required_tags"] = ["selectors"]

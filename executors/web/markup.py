@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import html
 import re
+from collections.abc import Callable
 from typing import Optional
 
 MAX_LINKS = 50_000
+LOOKS_EVERY = 1000
 
 _NAME = r"[a-zA-Z][a-zA-Z0-9-]*"
-# Text and the tag after it, as nearly all are written. No value in it holds a quote or a bracket.
-_PLAIN = re.compile(rf'([^<]*)<(/?)({_NAME})((?:\s+[a-zA-Z_:][\w:.-]*(?:="[^"<>]*")?)*)\s*/?>', re.ASCII).match
+# Text and the tag after it, as nearly all are written. No value in it holds a quote or a bracket,
+# and a tag with more attributes than that is no tag as nearly all are: one search over millions cannot be ended.
+_PLAIN = re.compile(rf'([^<]*)<(/?)({_NAME})((?:\s+[a-zA-Z_:][\w:.-]*(?:="[^"<>]*")?){{0,50}})\s*/?>', re.ASCII).match
 _TAG_BEGINS = re.compile(r"<(/?)([a-zA-Z][^\s/>]*)").match
 _COMMENT_ENDS = re.compile(r"--!?>").search
 _HREF = re.compile(r'\shref="([^"]*)"', re.IGNORECASE).search
@@ -64,10 +67,14 @@ def attribute_at(page: str, at: int) -> tuple[Optional[str], str, int]:
     return name, bare.group(), bare.end()
 
 
-def href_and_end(page: str, at: int) -> tuple[Optional[str], int]:
+def href_and_end(page: str, at: int, look: Callable[[], None] = lambda: None) -> tuple[Optional[str], int]:
     """The href of the tag whose attributes begin there, of several the first one; -1 where the tag has no end."""
     href: Optional[str] = None
+    count = 0
     while True:
+        count += 1
+        if count % LOOKS_EVERY == 0:
+            look()
         name, value, at = attribute_at(page, at)
         if at < 0 or name is None:
             return href, at
@@ -78,11 +85,13 @@ def href_and_end(page: str, at: int) -> tuple[Optional[str], int]:
 class Markup:
     """What one page holds: `title`, `text_length` without white space, `hrefs` (without fragments) and `base`."""
 
-    def __init__(self, page: str):
+    def __init__(self, page: str, look: Callable[[], None] = lambda: None):
+        """`look` is called every 1,000 tokens or attributes, and ends the reading by what it raises."""
         self.title: Optional[str] = None
         self.base = ""
         self.hrefs: dict[str, None] = {}
         self._page = page
+        self._look = look
         self._texts: list[str] = []
         self._hidden = dict.fromkeys(_HIDDEN, 0)
         self._is_visible = True
@@ -92,7 +101,11 @@ class Markup:
 
     def _read(self) -> None:
         page, texts, at = self._page, self._texts, 0
+        count = 0
         while True:
+            count += 1
+            if count % LOOKS_EVERY == 0:
+                self._look()
             plain = _PLAIN(page, at)
             if plain is None:
                 at = self._read_odd(at)
@@ -139,7 +152,7 @@ class Markup:
 
     def _read_odd_tag(self, tag: re.Match[str]) -> int:
         name = tag.group(2).lower()
-        href, at = href_and_end(self._page, tag.end())
+        href, at = href_and_end(self._page, tag.end(), self._look)
         if at < 0 or name not in _SPECIAL:
             return at
         if tag.group(1):

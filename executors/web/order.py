@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Optional, Union
 from urllib.parse import urlencode
 
-from executors.task_executor import DoNotRetry
+from executors.task_executor import DoNotRetry, refuse_unknown
 from executors.web.extract import Fields, Items, read_fields, read_items, read_jmespath
+from executors.web.patterns import TooSlow, searcher
 from executors.web.urls import MAX_URL_CHARACTERS, fetched_form
 
 MAX_TIMEOUT_SECONDS = 3600.0
 MAX_BODY_BYTES = 1024 * 1024
 METHODS = ("GET", "HEAD", "POST")
+KEYS = (
+    "url", "method", "headers", "form", "json", "timeout_seconds", "depth", "start", "follow", "fields", "items",
+    "jmespath", "sitemap", "sitemap_offset", "raw",
+    "username", "app_id", "start_date", "end_date", "host",  # the task's own, which the device or the master adds
+)  # fmt: skip
 FOLLOW_KEYS = ("allow", "deny", "same_host", "max_depth", "max_pages")
 # They are the connection's own: a task that set them could hide a second request in its first.
 OWN_HEADERS = ("connection", "content-length", "expect", "host", "keep-alive", "te", "transfer-encoding", "upgrade")
+WRITE_INSTEAD = "Begin it with ^, write [^/]+ or words instead of .*, or several shorter patterns"
 # What children get unchanged.
 PASSED_ON = ("follow", "fields", "items", "timeout_seconds", "raw")
 
 
 @dataclass(frozen=True)
 class Follow:
-    allow: tuple[re.Pattern[str], ...] = ()
-    deny: tuple[re.Pattern[str], ...] = ()
+    allow: tuple[Callable[[str], Any], ...] = ()
+    deny: tuple[Callable[[str], Any], ...] = ()
     same_host: bool = True
     max_depth: Optional[int] = None
     max_pages: Optional[int] = None
@@ -50,11 +56,13 @@ class Order:
     sitemap: Union[bool, str]
     sitemap_offset: int
     raw: bool
+    start: Optional[str]
     passed_on: dict[str, Any]
 
 
 def read_order(task_data: Mapping[str, Any]) -> Order:
     """Check task_data; DoNotRetry names the field and what to write."""
+    refuse_unknown(task_data, KEYS, "task_data")
     url = read_url(task_data.get("url"), "url")
     headers = read_headers(task_data.get("headers"))
     body, kind = read_body(task_data)
@@ -74,6 +82,7 @@ def read_order(task_data: Mapping[str, Any]) -> Order:
         sitemap=read_sitemap(task_data.get("sitemap"), url),
         sitemap_offset=read_count(task_data.get("sitemap_offset", 0), "sitemap_offset", 0) or 0,
         raw=read_flag(task_data.get("raw", False), "raw"),
+        start=read_url(task_data["start"], "start") if task_data.get("start") is not None else None,
         passed_on={name: task_data[name] for name in PASSED_ON if task_data.get(name) is not None},
     )
     if order.sitemap and (order.method != "GET" or order.jmespath):
@@ -173,12 +182,7 @@ def read_follow(follow: Any) -> Optional[Follow]:
         return None
     if not isinstance(follow, dict):
         raise DoNotRetry('task_data.follow must be an object, such as {"same_host": true, "max_pages": 100}')
-    for key in follow:
-        # A typing error in a limit would crawl without it.
-        if key not in FOLLOW_KEYS:
-            near = difflib.get_close_matches(str(key), FOLLOW_KEYS, 1)
-            meant = f"did you mean {near[0]}?" if near else f"it may hold {', '.join(FOLLOW_KEYS)}"
-            raise DoNotRetry(f"task_data.follow.{key!s:.100} is not known: {meant}")
+    refuse_unknown(follow, FOLLOW_KEYS, "task_data.follow")
     return Follow(
         allow=read_patterns(follow.get("allow"), "allow"),
         deny=read_patterns(follow.get("deny"), "deny"),
@@ -188,16 +192,19 @@ def read_follow(follow: Any) -> Optional[Follow]:
     )
 
 
-def read_patterns(patterns: Any, name: str) -> tuple[re.Pattern[str], ...]:
+def read_patterns(patterns: Any, name: str) -> tuple[Callable[[str], Any], ...]:
     if patterns is None:
         return ()
     if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
         raise DoNotRetry(f"task_data.follow.{name} must be a list of regular expressions")
-    compiled = []
+    searchers = []
     for i, pattern in enumerate(patterns):
         try:
-            compiled.append(re.compile(pattern))
+            searchers.append(searcher(pattern))
+        except TooSlow as error:
+            where = f"task_data.follow.{name}[{i}]"
+            raise DoNotRetry(f"{where} is {pattern!r:.100}, too slow: {error}. {WRITE_INSTEAD}") from None
         except (re.error, RecursionError, OverflowError) as error:
             where = f"task_data.follow.{name}[{i}]"
             raise DoNotRetry(f"{where} is {pattern!r:.100}, no regular expression: {error}") from None
-    return tuple(compiled)
+    return tuple(searchers)

@@ -5,8 +5,10 @@ wait for it. 2xx is read (up to 500 KiB); 4xx, redirects that lead nowhere and a
 there are no rules; 429 and 503 snooze the task, other 5xx and errors of the connection fail it with a retry: a site
 whose rules cannot be had is not crawled. An answer that is no robots.txt (HTML) has no rules in it.
 
-Protego reads the rules where it is installed. urllib.robotparser, which every Python has, knows no "*" and "$" inside a
-path and takes the first rule that fits where RFC 9309 takes the longest.
+Protego reads the rules where it is installed, from 0.7 on: older ones match "*" by a regular expression that one rule
+can keep busy for ever. urllib.robotparser, which every Python has, knows no "*" and "$" inside a path and takes the
+first rule that fits where RFC 9309 takes the longest. A file whose groups give many names many rules each (Protego
+keeps each rule once for each name) is refused.
 """
 
 from __future__ import annotations
@@ -16,17 +18,46 @@ import threading
 import time
 import urllib.robotparser
 from collections import OrderedDict
+from importlib import metadata
 from typing import Any, Callable, Optional
 
-from executors.task_executor import Snooze
+from executors.task_executor import DoNotRetry, Snooze
 from executors.web.connection import Cancelled, OutOfTime
 
 MAX_BYTES = 500 * 1024
+MAX_RULES = 200_000
 MAX_ORIGINS = 200
 KEPT_SECONDS = 3600.0
 FAILURE_KEPT_SECONDS = 5.0
 MAX_DELAY_SECONDS = 30.0
 MAX_WAIT_SECONDS = 5.0
+
+
+def linear_protego() -> Any:
+    """The module; None where it is not installed or older than 0.7."""
+    try:
+        import protego
+
+        version = metadata.version("protego").split(".")
+    except ImportError:
+        return None
+    return protego if (int(version[0]), int(version[1])) >= (0, 7) else None
+
+
+def refuse_multiplied(text: str) -> None:
+    """DoNotRetry where the groups' names times their rules are too many to keep."""
+    rules, names, is_in_names = 0, 0, False
+    for line in text.splitlines():
+        directive = line.strip().lower()
+        if directive.startswith("user"):
+            names, is_in_names = (names + 1 if is_in_names else 1), True
+        elif directive.startswith(("allow", "di")):  # as loosely as Protego reads "disallow"
+            rules, is_in_names = rules + names, False
+    if rules > MAX_RULES:
+        raise DoNotRetry(
+            f"a robots.txt gives its names {rules} rules, at most {MAX_RULES} are read: leave the site out, or set"
+            " crawl_obey_robots to false on devices whose owner may crawl there"
+        )
 
 
 class Rules:
@@ -37,11 +68,11 @@ class Rules:
         self._parser: Any = None
         if not text.strip():
             return
-        try:
-            import protego
-
+        protego = linear_protego()
+        if protego is not None:
+            refuse_multiplied(text)
             self._protego = protego.Protego.parse(text)
-        except ImportError:
+        else:
             self._parser = urllib.robotparser.RobotFileParser()
             self._parser.parse(text.splitlines())
 

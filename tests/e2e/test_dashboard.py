@@ -414,3 +414,14 @@ def test_nothing_runs_off_the_side_from_a_phone_to_a_wall(master, dashboard_url,
     for width in (320, 1280):
         page.set_viewport_size({"width": width, "height": 900})
         assert page.evaluate(OVERFLOWING) == [], width
+
+
+def test_what_a_running_task_says_of_its_progress_is_shown_live(master, dashboard_url, open_tab):
+    master.register("shop-1")
+    task_id = master.submit_one()
+    (task,) = master.pull("shop-1", 1)
+    page = open_tab(f"{dashboard_url}#task={task_id}").page
+    for seq, part, sentence in ((1, 0.25, "page 1 of 4"), (2, 0.5, "<b>page 2 of 4</b>")):
+        lease = {"assignment_id": task["assignment_id"], "lease_id": task["lease_id"], "phase": "running"}
+        master.beat("shop-1", seq=seq, holding=[{**lease, "progress": part, "message": sentence}])
+        expect(page.locator("#dialog-attempts summary")).to_contain_text(f"{part:.0%} · {sentence}")

@@ -155,6 +155,15 @@ def test_a_url_that_cannot_be_crawled_is_refused_before_anything_is_started(
     ]
 
 
+def test_a_crawl_without_a_single_page_is_no_success(programs: list[Program], tmp_path: Path) -> None:
+    program = start(programs, tmp_path, "--crawl", "http://192.168.255.1/", "--exit")
+    assert program.wait(60) == 1
+    assert "192.168.255.1 is private" in program.output
+    assert program.lines[-1] == (
+        "standalone: no page of http://192.168.255.1/ could be fetched; the lines above say why"
+    )
+
+
 def test_a_port_in_use_is_said_in_one_line_with_its_exit_code(programs: list[Program], tmp_path: Path) -> None:
     first = start(programs, tmp_path / "first")
     port = dashboard_of(first).rpartition(":")[2]
