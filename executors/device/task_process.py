@@ -54,6 +54,9 @@ MEGABYTE = 1024 * 1024
 # error_type of a report
 OUT_OF_MEMORY, EXITED = "out_of_memory", "exited"
 
+# How long the guard has, before the process ends itself.
+GUARD_SECONDS = 10.0
+
 _HEADER = struct.Struct("!I")
 
 
@@ -213,6 +216,9 @@ class TaskProcess:
                         os.kill(os.getpid(), signal.SIGTERM)
                 else:
                     self.orders.put(order)
+        if os.name == "posix":
+            # The guard ends this process. Two that do it at once would stop and kill each other, and leave it stopped.
+            time.sleep(GUARD_SECONDS)
         kill_tree(os.getpid(), start_time(os.getpid()), self.mark)
         os._exit(1)
 
