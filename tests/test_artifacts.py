@@ -342,6 +342,7 @@ def sent_or_busy(shelf: Shelf, task: Delivery) -> str:
         return ""
 
 
+@pytest.mark.slow
 def test_a_silent_connection_gives_its_place_up_on_a_real_master(programs: list[Program], tmp_path: Path) -> None:
     (tmp_path / "impatient.py").write_text(
         f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport artifacts, master\n"

@@ -199,7 +199,7 @@ def test_the_deputy_ends_with_its_worker_and_never_before(
     worker = start_worker(programs, master, tmp_path / "shop-1")
     wait_for("the device", lambda: master.get("/devices")["devices"])
     deputy = deputy_of(worker)
-    task_id = master.submit_one("burn", task_data={"seconds": 1.5})
+    task_id = master.submit_one("burn", task_data={"seconds": 4})
     wait_for("the task to run", lambda: master.get(f"/tasks/{task_id}")["status"] == "running")
     for number in (signal.SIGINT, signal.SIGTERM):
         os.kill(deputy, number)
