@@ -12,6 +12,8 @@ from executors.task_executor import TaskExecutor
 
 
 class MomentExecutor(TaskExecutor):
+    isolation = "thread"  # as the executors that come with it
+
     def __init__(self) -> None:
         super().__init__("moment")
 
