@@ -35,7 +35,7 @@ run: $(VENV)/.stamp-run  ## a master and one worker on this machine: python stan
 	@$(BIN)/python standalone.py
 
 .PHONY: test
-test: $(VENV)/.stamp-dev  ## all tests but the long ones, under two minutes
+test: $(VENV)/.stamp-dev  ## all tests but the long ones, some four minutes on two cores
 	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 .PHONY: test-slow

@@ -23,7 +23,7 @@ import sqlite3
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -242,7 +242,7 @@ class Device:
 
 
 @contextlib.asynccontextmanager
-async def living(fleet: Fleet, count: int):  # type: ignore[no-untyped-def]
+async def living(fleet: Fleet, count: int) -> AsyncIterator[None]:
     """`count` devices, started within ten seconds, until the block ends."""
     tasks = []
     for n in range(count):
