@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from executors import task_executor
+from executors import crawl, task_executor
 from executors.crawl import CrawlExecutor
 from executors.task_executor import Outcome
 
@@ -105,6 +105,7 @@ class Site:
 
 @pytest.fixture
 def site() -> Iterator[Site]:
+    crawl._fetchers.clear()  # the system gives ports out again: no robots.txt of an earlier site counts for this one
     site = Site()
     yield site
     site.close()

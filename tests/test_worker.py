@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -840,7 +841,7 @@ def test_the_contract_names_the_numbers_that_the_code_has() -> None:
 
 def test_waits_grow_have_an_end_and_are_spread_after_an_outage() -> None:
     a_link = link.Link("http://master")
-    a_link.worked()
+    a_link.worked(time.monotonic())
     a_link.spread_seconds = 30.0
     gone, broken = link.Unreachable("refused"), link.Unreachable("reset", was_broken=True)
     a_link._failures = 1
@@ -850,6 +851,18 @@ def test_waits_grow_have_an_end_and_are_spread_after_an_outage() -> None:
     for a_link._failures in range(2, 12):
         waits.append(a_link._longest_wait(gone))
     assert waits == [2, 4, 8, 16, 32, 60, 60, 60, 60, 60]
+
+
+def test_an_answer_to_a_call_older_than_the_failure_does_not_end_the_outage(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "worker")
+    a_link = link.Link("http://master")
+    a_link.worked(time.monotonic())
+    held = time.monotonic()
+    a_link.failed(time.monotonic(), link.Unreachable("refused"))
+    a_link.worked(held)
+    assert "master back" not in caplog.text
+    a_link.worked(time.monotonic())
+    assert "master back" in caplog.text
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")

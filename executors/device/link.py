@@ -81,12 +81,14 @@ class Link:
         """No call before this moment (monotonic)."""
         return self._next_try
 
-    def worked(self) -> None:
+    def worked(self, started: float) -> None:
+        """A call that began at `started` (monotonic) was answered. An answer to one that began before the last failure
+        says nothing of the master since: a master that stops still answers the pulls that it holds."""
         if not self._failures and self._was_reached:
             return
         with self._changed:
-            if not self._failures and self._was_reached:
-                return  # another thread said it
+            if started < self._failed_at or (not self._failures and self._was_reached):
+                return
             if self._was_reached:
                 log.info("master back url=%s after=%.1fs", self.url, time.monotonic() - self._lost_at)
             self._was_reached, self._failures, self._was_spread, self._next_try = True, 0, False, 0.0
@@ -192,7 +194,8 @@ class MasterClient:
     ) -> dict[str, Any]:
         self.link.wait_turn()
         with self._lock:
-            self._deadline, self._cut = time.monotonic() + seconds, ""
+            started = time.monotonic()
+            self._deadline, self._cut = started + seconds, ""
         try:
             with self._send(method, path, content, headers, seconds) as response:
                 reply = bytearray()
@@ -208,7 +211,7 @@ class MasterClient:
                 self._deadline = None
         if cut:
             raise self._unreachable(OSError(cut), seconds)
-        return self._judge(response, bytes(reply))
+        return self._judge(response, bytes(reply), started)
 
     def _send(
         self, method: str, path: str, content: Any, headers: Mapping[str, str], seconds: float
@@ -235,7 +238,7 @@ class MasterClient:
         why = str(cause).rsplit(": ", 1)[-1].rpartition("] ")[2]  # "... failed: [Errno 111] Connection refused"
         return Unreachable(why[:200], was_broken=not never_stood)
 
-    def _judge(self, response: requests.Response, content: bytes) -> dict[str, Any]:
+    def _judge(self, response: requests.Response, content: bytes, started: float) -> dict[str, Any]:
         status, kind = response.status_code, response.headers.get("Content-Type", "")
         try:
             reply = json.loads(content) if kind.partition(";")[0].strip().endswith("json") else None
@@ -246,7 +249,7 @@ class MasterClient:
             raise Unreachable(f"answered {status} {kind[:80]}{where}, not as a master does", was_broken=True)
         if status >= 500 and status not in CANNOT_NOW:
             raise Unreachable(f"answered {status} {reply['code']}", was_broken=True)
-        self.link.worked()
+        self.link.worked(started)
         if 200 <= status < 300:
             return reply
         if status in CANNOT_NOW:
