@@ -34,13 +34,15 @@ demo-appsflyer: $(VENV)/.stamp-run  ## pull a stand-in for AppsFlyer, with its q
 run: $(VENV)/.stamp-run  ## a master and one worker on this machine: python standalone.py
 	@$(BIN)/python standalone.py
 
+# Four processes also on two cores, since many tests wait. Every process that they start would compile all of our files
+# anew where the environment forbids the compiled ones to be kept.
 .PHONY: test
-test: $(VENV)/.stamp-dev  ## all tests but the long ones, some four minutes on two cores
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
+test: $(VENV)/.stamp-dev  ## all tests but the long ones, some two minutes on two cores
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder -m "not slow" $(ARGS)
 
 .PHONY: test-slow
 test-slow: $(VENV)/.stamp-dev  ## the long tests
-	@$(BIN)/python -m pytest -m slow --timeout 1200 $(ARGS)
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -m slow --timeout 1200 $(ARGS)
 
 .PHONY: check
 check: $(VENV)/.stamp-dev  ## ruff, mypy, and whether the generated documents are fresh
@@ -56,6 +58,14 @@ format: $(VENV)/.stamp-dev  ## format the code
 .PHONY: docs
 docs: $(VENV)/.stamp-dev  ## make the generated documents again
 	@$(BIN)/python scripts/make_docs.py
+
+.PHONY: bench-dashboard
+bench-dashboard: $(VENV)/.stamp-dev  ## how soon the dashboard shows a million tasks, and what an open one costs
+	@$(BIN)/python bench/dashboard.py $(ARGS)
+
+.PHONY: screenshots
+screenshots: $(VENV)/.stamp-dev  ## photograph the dashboard of a working fleet for the README, some four minutes
+	@$(BIN)/python scripts/make_screenshots.py
 
 $(BENCH_VENV)/.stamp: requirements-bench.txt
 	@test -x $(BENCH_VENV)/bin/python || $(PYTHON) -m venv $(BENCH_VENV)
@@ -84,7 +94,7 @@ bench-fleet: $(VENV)/.stamp-dev  ## a simulated fleet: 1,000 idle devices, 5,000
 	@$(BIN)/python bench/fleet.py $(ARGS)
 
 .PHONY: bench-scale
-bench-scale: $(VENV)/.stamp-dev  ## the times of questions and of the flow at 10,000 and at 1,000,000 tasks
+bench-scale: $(VENV)/.stamp-dev  ## the times of questions and of the flow from 1,000 to 1,000,000 tasks; ARGS="--rows 10000000" for more
 	@$(BIN)/python bench/scale.py $(ARGS)
 
 .PHONY: bench-crawl

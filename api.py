@@ -7,8 +7,7 @@ errors become replies in web.py.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,43 +17,66 @@ import db
 import devices
 import edge
 import export
+import judging
 import openapi
 import reasons
+import replies
 import web
 import wire
 from access import Access, open_upload
+from api_batches import BatchHandlers
+from api_devices import DeviceHandlers
 from api_limits import LimitHandlers
+from api_system import SystemHandlers
 from artifacts import Artifacts
+from attention import Attention
 from backlog import Backlog
 from dispatcher import Delivery, Dispatcher, Reply
 from events import Events
+from fleet import MAX_BEATS, Fleet
+from history import History
+from latency import Latency
 from metrics import CONTENT_TYPE, Metrics
 from openapi import FILTERS, PAGE, Operation, Query
-from reads import DEVICE_STATES, TASK_COLUMNS, Reads
-from settings import PROTOCOL, VERSION, Settings
+from progress import Progress
+from reads import TASK_COLUMNS, Reads
+from scheduler import Deletion
+from schema import EVENT_KINDS
+from series import STEP_SECONDS, Series
+from settings import PROTOCOL, Settings
 from store import Store
-from strategies import STRATEGIES
 from transaction import Tx
 from values import ARTIFACT_NAME_PATTERN, SHA256_PATTERN
 from web import Answer, Call, Route, invalid
 
 PREFIX = openapi.PREFIX
-CHUNK = 1000
-"""Bulk actions change this many tasks in one transaction."""
+REFUSALS = {
+    "batch_cancelled": "That batch was cancelled; use another batch name.",
+    "batch_full": "The batch has max_batch_tasks tasks already; allow more, or use another batch name.",
+}
 LONGEST_WAIT_SECONDS = 25.0
+RETURNS_A_SECOND = 300
+"""After an outage no more devices than this come back each second."""
 OCTETS = "application/octet-stream"
 EXPORT_KINDS = {"jsonl": "application/x-ndjson", "csv": "text/csv; charset=utf-8"}
 EXPORT_COLUMNS = ["execution_timeout_seconds" if name == "execution_timeout" else name for name in TASK_COLUMNS]
 
 
 @dataclass
-class Api(LimitHandlers):
+class Api(BatchHandlers, DeviceHandlers, LimitHandlers, SystemHandlers):
     """The things that handlers use; made once by the master."""
 
     settings: Settings
     store: Store
     reads: Reads
     backlog: Backlog
+    fleet: Fleet
+    series: Series
+    progress: Progress
+    history: History
+    attention: Attention
+    latency: Latency
+    last_deletion: Callable[[], Deletion | None]
     artifacts: Artifacts
     dispatcher: Dispatcher
     presence: devices.Presence
@@ -64,10 +86,6 @@ class Api(LimitHandlers):
     worker_file: edge.WorkerFile
     started_at: float
     is_stopping: bool = False
-
-    @property
-    def now(self) -> float:
-        return self.store.moments()[0]
 
     # -- devices ----------------------------------------------------------------------------------------------
 
@@ -98,12 +116,13 @@ class Api(LimitHandlers):
         }
 
     def _device_settings(self) -> dict[str, Any]:
-        devices_known = max(1, len(self.presence.seen))
         return {
             "heartbeat_interval_seconds": self.settings.heartbeat_interval,
             "device_timeout_seconds": self.settings.device_timeout,
             "next_seconds": 0,
-            "reconnect_spread_seconds": max(self.settings.reconnect_seconds, devices_known / 300),
+            "reconnect_spread_seconds": max(
+                self.settings.reconnect_seconds, self.presence.device_count / RETURNS_A_SECOND
+            ),
             "max_body_bytes": self.settings.max_body_bytes,
             "max_artifact_bytes": self.settings.max_artifact_bytes,
             "enable_monitoring": self.settings.enable_monitoring,
@@ -120,57 +139,45 @@ class Api(LimitHandlers):
             body.boot_id, body.seq, holding, body.leaving, *usage, body.active_tasks, body.system_info_text,
             body.problem, body.clock,
         )  # fmt: skip
-        cancel, wanted = self.store.write(devices.beat, self.presence, device_id, heard, keep_history=keep)
+        cancel: list[int] = []
+        now, wall = self.store.moments()
+        wanted = self.presence.beat_idle(device_id, heard, now, wall, keep_history=keep)
+        if wanted is None:
+            taken = self.store.write(devices.beat, self.presence, device_id, heard, keep_history=keep)
+            self.presence.remember_idle(device_id, taken)
+            cancel, wanted = taken.cancel, taken.wanted
         return {"cancel": cancel, "drain": wanted != "active", "next_seconds": self.settings.heartbeat_interval}
-
-    # GET /devices?status=&task_type=&tag= -> 200 {devices}
-    def list_devices(self, call: Call) -> Any:
-        status = call.query.choice("status", DEVICE_STATES)
-        task_type, tag = call.query.name("task_type"), call.query.name("tag")
-        call.query.finish()
-        timeout = self.settings.device_timeout
-        return {"devices": self.reads.devices(self.now, timeout, status=status, task_type=task_type, tag=tag)}
-
-    # PUT /devices/{device_id}/status {status, reason?} -> 200 the device
-    def set_device_status(self, call: Call) -> Any:
-        body = wire.decode(call.body, wire.DeviceStatusIn)
-        device_id = call.names["device_id"]
-        self.store.write(devices.set_wanted, device_id, body.status, body.reason)
-        return self._device(device_id)
-
-    # DELETE /devices/{device_id} -> 200 {device_id, deleted}
-    def delete_device(self, call: Call) -> Any:
-        device_id = call.names["device_id"]
-        if self._device(device_id)["status"] in ("online", "busy", "draining"):
-            raise invalid(409, "device_online", f"Device {device_id} is online; stop its worker first.", "device_id")
-        self.store.write(devices.forget, self.presence, device_id)
-        return {"device_id": device_id, "deleted": True}
-
-    # GET /devices/{device_id}/stats -> 200 totals, rates, last hour, failures, heartbeats
-    def device_stats(self, call: Call) -> Any:
-        call.query.finish()
-        found = self.reads.device_stats(call.names["device_id"], self.now, self.settings.device_timeout)
-        return found or self._no_device(call.names["device_id"])
-
-    def _device(self, device_id: str) -> dict[str, Any]:
-        return self.reads.device(device_id, self.now, self.settings.device_timeout) or self._no_device(device_id)
-
-    def _no_device(self, device_id: str) -> dict[str, Any]:
-        raise invalid(404, "unknown_device", "There is no such device; GET /devices lists them.", "device_id")
 
     # -- tasks: submit, pull, report --------------------------------------------------------------------------
 
-    # POST /tasks one task, a list, or {tasks} -> 201 {id, created, status} or {tasks: [...]}
+    # POST /tasks?dry_run= one task, a list, or {tasks} -> 201 {id, created, status} or {tasks: [...]}
     def submit_tasks(self, call: Call) -> Any:
+        is_rehearsal = call.query.choice("dry_run", ("true", "false")) == "true"
+        call.query.finish()
+        if is_rehearsal:
+            return self._preview(call)
         submission = wire.decode_submit(call.body)
         wall = self.store.moments()[1]
         new = [_new_task(task, wall) for task in submission.tasks]
         submitted = self.store.write(db.submit, new, created_by=call.peer) if new else []
         if submission.single and submitted[0].status == "batch_cancelled":
-            raise invalid(409, "batch_cancelled", "That batch was cancelled; use another batch name.", "batch")
+            raise invalid(409, "batch_cancelled", REFUSALS["batch_cancelled"], "batch")
         status = 201 if any(task.created for task in submitted) else 200
         tasks = [task._asdict() for task in submitted]
         return Answer(tasks[0] if submission.single else {"tasks": tasks}, status)
+
+    def _preview(self, call: Call) -> Any:
+        """What a submission would do, task by task; nothing of it is kept."""
+        read = wire.decode_each_task(call.body)
+        wall = self.store.moments()[1]
+        new = [_new_task(task, wall) for task in read if isinstance(task, wire.TaskIn)]
+        submitted = iter(self.store.rehearse(db.submit, new, created_by=call.peer) if new else [])
+        types, newest = self.fleet.task_types(), self.reads.highest_id()
+        entries = [
+            _problem(task) if isinstance(task, wire.Invalid) else _previewed(task, next(submitted), types, newest)
+            for task in read
+        ]
+        return {"tasks": [{"index": index, **entry} for index, entry in enumerate(entries)]}
 
     # GET /tasks/pull?device_id=&boot_id=&limit=&ahead=&wait=&seq=&ack= -> 200 {tasks, cancel, drain, next_seconds}
     def pull_tasks(self, call: Call) -> Any:
@@ -192,7 +199,7 @@ class Api(LimitHandlers):
 
         def judge(tx: Tx) -> list[db.Judged]:
             devices.hear_report(self.presence, sent.device_id, tx.now)
-            return db.apply_reports(tx, sent.device_id, [report for report in reports if report])
+            return judging.apply_reports(tx, sent.device_id, [report for report in reports if report])
 
         judged = iter(self.store.write(judge) if any(reports) else ())
         return {"reports": [_judged(entry, judged) for entry in sent.entries]}
@@ -213,7 +220,7 @@ class Api(LimitHandlers):
             attempt = db.get_attempt(tx, assignment_id)
             if attempt is None or attempt.task_id != task_id:
                 return db.Judged("gone")
-            return db.apply_report(tx, attempt.device_id, report)
+            return judging.apply_report(tx, attempt.device_id, report)
 
         judged = self.store.write(judge)
         _refuse_if_over(judged)
@@ -238,7 +245,7 @@ class Api(LimitHandlers):
                 409, "artifact_differs", "This attempt has another file of that name; choose another.", "name"
             )
         if judged.outcome == "too_many":
-            limit = f"An attempt has at most {db.ARTIFACTS_LIMIT} files; put several into one archive."
+            limit = f"An attempt has at most {judging.ARTIFACTS_LIMIT} files; put several into one archive."
             raise invalid(422, "too_many_artifacts", limit, "name")
         return {"outcome": judged.outcome}
 
@@ -276,7 +283,7 @@ class Api(LimitHandlers):
     def get_task(self, call: Call) -> Any:
         call.query.finish()
         task = self.reads.task(wire.check_id(call.names["task_id"])) or self._no_task()
-        why = self._explain(task)
+        why = self.explain(task)
         waiting = {"reason": why.reason, "detail": why.detail} if task["status"] in ("pending", "scheduled") else None
         return {**task, "artifacts": self.reads.artifacts(task["id"]), "waiting": waiting}
 
@@ -284,7 +291,7 @@ class Api(LimitHandlers):
     def explain_task(self, call: Call) -> Any:
         call.query.finish()
         task = self.reads.task(wire.check_id(call.names["task_id"])) or self._no_task()
-        why = self._explain(task)
+        why = self.explain(task)
         return {
             "task_id": task["id"],
             "status": task["status"],
@@ -295,7 +302,7 @@ class Api(LimitHandlers):
             "next_look_seconds": why.next_look_seconds,
         }
 
-    def _explain(self, task: dict[str, Any]) -> reasons.Explanation:
+    def explain(self, task: dict[str, Any]) -> reasons.Explanation:
         now, wall = self.store.moments()
         return reasons.explain(
             task,
@@ -359,32 +366,6 @@ class Api(LimitHandlers):
             404, "unknown_task", "There is no such task (finished ones are deleted after a while).", "task_id"
         )
 
-    # POST /tasks/actions {action, filter, dry_run, reason?} -> 200 {matched, matched_is_capped, changed}
-    def act_on_tasks(self, call: Call) -> Any:
-        body = wire.decode(call.body, wire.ActionIn)
-        filters = body.filter.filters()
-        matched = self.reads.count(filters)
-        changed = 0 if body.dry_run else self._act(body.action, filters, body.reason)
-        return {"matched": matched.count, "matched_is_capped": matched.is_capped, "changed": changed}
-
-    def _act(self, action: str, filters: dict[str, Any], reason: str | None) -> int:
-        """Chunk by chunk in the order of ids, up to the newest id there was at the start; each chunk is durable."""
-
-        def change(tx: Tx, ids: list[int]) -> int:
-            if action == "cancel":
-                return sum(db.cancel(tx, task_id, reason) is not None for task_id in ids)
-            return sum(db.requeue(tx, task_id) is not None for task_id in ids)
-
-        changed = 0
-        after: int | None = 0
-        newest = self.reads.highest_id()
-        while after is not None and after < newest:
-            ids, after = self.reads.ids_matching(filters, after_id=after, limit=CHUNK)
-            ids = [task_id for task_id in ids if task_id <= newest]
-            if ids:
-                changed += self.store.write(change, ids)
-        return changed
-
     # GET /tasks/export?format=jsonl|csv&include=result&<filters> -> 200 rows, oldest first, then an end mark
     def export_tasks(self, call: Call) -> Any:
         filters = call.query.filters()
@@ -402,102 +383,9 @@ class Api(LimitHandlers):
         call.query.finish()
         return self.reads.tasks_stats(self.now, batch=batch, task_type=task_type)
 
-    # -- batches ----------------------------------------------------------------------------------------------
-
-    # GET /batches?name=&limit=&cursor= -> 200 {batches, next_cursor}
-    def list_batches(self, call: Call) -> Any:
-        name = call.query.text("name", maximum=128)
-        limit = call.query.integer("limit", 50, minimum=1, maximum=200) or 50
-        cursor = call.query.integer("cursor", None, minimum=1)
-        call.query.finish()
-        if name is not None:
-            found = self.reads.batch(name)
-            return {"batches": [found] if found else [], "next_cursor": None}
-        return self.reads.batches(limit=limit, cursor=cursor)
-
-    # POST /batches/{name}/pause {reason?} -> 200 {name, state, changed}
-    def pause_batch(self, call: Call) -> Any:
-        return self._set_batch(call, "paused")
-
-    # POST /batches/{name}/resume {reason?} -> 200 {name, state, changed}
-    def resume_batch(self, call: Call) -> Any:
-        return self._set_batch(call, "open")
-
-    # POST /batches/{name}/cancel {reason?} -> 200 {name, state, changed}: its unfinished tasks are cancelled too
-    def cancel_batch(self, call: Call) -> Any:
-        reply = self._set_batch(call, "cancelled")
-        unfinished = {"batch": reply["name"], "status": ("scheduled", "pending", "assigned", "running")}
-        return {**reply, "changed": self._act("cancel", unfinished, "its batch was cancelled")}
-
-    def _set_batch(self, call: Call, state: str) -> dict[str, Any]:
-        name = wire.check_line(call.names["name"], "name")
-        reason = wire.decode(call.body or b"{}", wire.ReasonIn).reason
-        if not self.store.write(db.set_batch_state, name, state, reason):
-            raise invalid(404, "unknown_batch", "There is no such batch; GET /batches lists them.", "name")
-        return {"name": name, "state": state, "changed": 0}
-
-    # -- the system -------------------------------------------------------------------------------------------
-
-    # GET /system/overview -> 200 counts, rates, the oldest waiting task and why
-    def overview(self, call: Call) -> Any:
-        call.query.finish()
-        found = self.reads.overview(self.now, self.settings.device_timeout)
-        oldest = found["oldest_waiting"]
-        task = self.reads.task(oldest["task_id"]) if oldest else None
-        if task is not None:
-            why = self._explain(task)
-            found["oldest_waiting"] = {**oldest, "reason": why.reason, "detail": why.detail}
-        return {
-            **found,
-            "version": VERSION,
-            "paused": self.backlog.pauses(),
-            "mode": self.settings.mode,
-            "uptime_seconds": round(self.now - self.started_at, 3),
-            "strategy": self.dispatcher.strategy_name,
-            "writer_queue": self.store.writer.queue_length,
-            "held_polls": self.dispatcher.held_polls,
-            "has_worker_file": self.worker_file.is_there,
-        }
-
-    # GET /strategy -> 200 {strategy, available}
-    def get_strategy(self, call: Call) -> Any:
-        call.query.finish()
-        return {"strategy": self.dispatcher.strategy_name, "available": self._strategies()}
-
-    # PUT /strategy {strategy} -> 200 {strategy, available}
-    def set_strategy(self, call: Call) -> Any:
-        name = wire.decode(call.body, wire.StrategyIn).strategy
-        # Only what the config names is imported: a request must not load code that the operator did not choose.
-        if name not in self._strategies():
-            raise invalid(422, "invalid_field", f"strategy must be one of {', '.join(self._strategies())}; your own goes"
-                          " into load_balance_strategy of the master's config as module:name.", "strategy")  # fmt: skip
-        self.dispatcher.set_strategy(name)
-        self.store.write(lambda tx: tx.note("system", "strategy", strategy=name, by=call.peer))
-        return {"strategy": name, "available": self._strategies()}
-
-    def _strategies(self) -> list[str]:
-        return list(dict.fromkeys([*STRATEGIES, self.dispatcher.configured_strategy]))
-
-    # GET /events (Last-Event-ID: N) -> 200 text/event-stream
-    def stream_events(self, call: Call) -> Any:
-        last = call.environ.get("HTTP_LAST_EVENT_ID", "")
-        stream = self.events.stream(int(last) if re.fullmatch(r"[0-9]{1,18}", last) else None)
-        if stream is None:
-            raise invalid(503, "too_many_streams", "Too many event streams are open; poll instead.", retry_after=30)
-        return web.stream(stream, "text/event-stream", ("Cache-Control", "no-cache"))
-
-    # POST /login {key} -> 204 and a session cookie
-    def login(self, call: Call) -> Any:
-        cookie = self.access.log_in(call.environ, wire.decode(call.body, wire.LoginIn).key)
-        return Answer(None, 204, headers=(("Set-Cookie", cookie),))
-
-    # POST /logout -> 204 and the cookie is gone
-    def logout(self, call: Call) -> Any:
-        return Answer(None, 204, headers=(("Set-Cookie", self.access.log_out(call.environ)),))
-
-    # GET /openapi.json -> 200 this table as an OpenAPI 3.1 document
-    def openapi_document(self, call: Call) -> Any:
-        return openapi.build((route.operation for route in routes(self)[0][1]), version=VERSION)
+    def operations(self) -> Iterable[Operation]:
+        """The table, as far as a document of it needs it."""
+        return (route.operation for route in routes(self)[0][1])
 
     # -- at the root ------------------------------------------------------------------------------------------
 
@@ -553,6 +441,11 @@ def routes(api: Api) -> tuple[tuple[str, tuple[Route, ...]], ...]:
         Query("status", text, "One status"),
         Query("task_type", name, "Runs this type"),
         Query("tag", name, "Has this tag"),
+        Query(
+            "beats", {"type": "integer", "minimum": 0, "maximum": MAX_BEATS}, "So many of each device's newest beats"
+        ),
+        PAGE[0],
+        Query("cursor", name, "next_cursor of the page before"),
     )
     pull = (
         Query("device_id", name, "Who asks", True),
@@ -571,20 +464,40 @@ def routes(api: Api) -> tuple[tuple[str, tuple[Route, ...]], ...]:
         Query("name", {"type": "string", "pattern": ARTIFACT_NAME_PATTERN}, "The file's name", True),
         Query("sha256", {"type": "string", "pattern": SHA256_PATTERN}, "Of the file's bytes, in hex digits", True),
     )
+    hours = Query("hours", {"enum": list(STEP_SECONDS)}, "How far back: one hour, or a day")
+    series = (
+        hours,
+        Query("task_type", name, "Of this type"),
+        Query("device_id", name, "Of this device"),
+        Query("batch", text, "Of this batch: its tasks that ended"),
+    )
+    happened = (
+        Query("kind", {"enum": list(EVENT_KINDS)}, "Of this kind"),
+        Query("device_id", name, "About this device"),
+        Query("verb", name, "Exactly this"),
+        Query("after", openapi.TIME, "Not before that"),
+        *PAGE,
+    )
+    dry_run = (
+        Query("dry_run", {"enum": ["true", "false"]}, "Check only: says of each task what is wrong, and keeps none"),
+    )
     stats = (Query("batch", text, "Of this batch"), Query("task_type", name, "Of this type"))
     lane_page = (Query("task_type", name, "Of this type"), *PAGE)
     batch_page = (Query("name", text, "Only this batch"), *PAGE)
     shape = (Query("format", {"enum": ["jsonl", "csv"]}, "Of the file"), Query("include", {"enum": ["result"]}, "More"))
-    o, w = openapi, wire
+    o, r, w = openapi, replies, wire
     # fmt: off
     return (PREFIX, (
         _("POST",   "/devices/register",              "device",    api.register_device,   "A device introduces itself.", w.RegisterIn, o.RegisterOut),
-        _("GET",    "/devices",                       "viewer",    api.list_devices,      "All devices.", None, o.DevicesOut, device_filter),
+        _("GET",    "/devices",                       "viewer",    api.list_devices,      "All devices.", None, r.DevicesOut, device_filter),
+        _("GET",    "/devices/{device_id}",           "viewer",    api.get_device,        "One device, with its newest heartbeats.", None, r.DeviceDetailOut),
+        _("PUT",    "/devices/{device_id}",           "operator",  api.rename_device,     "Give a device a name that its worker does not undo.", w.DeviceNameIn, o.DeviceOut),
         _("PUT",    "/devices/{device_id}/status",    "operator",  api.set_device_status, "Make a device active, draining or disabled.", w.DeviceStatusIn, o.DeviceOut),
         _("POST",   "/devices/{device_id}/heartbeat", "device",    api.take_heartbeat,    "A sign of life, and what the device holds.", w.HeartbeatIn, o.HeartbeatOut),
         _("GET",    "/devices/{device_id}/stats",     "viewer",    api.device_stats,      "Totals, rates, failures and heartbeats.", None, o.DeviceStatsOut),
+        _("GET",    "/devices/{device_id}/heartbeats", "viewer",   api.device_heartbeats, "A device's heartbeats as points for charts.", None, r.BeatsOut, (hours,)),
         _("DELETE", "/devices/{device_id}",           "operator",  api.delete_device,     "Remove a device that is offline."),
-        _("POST",   "/tasks",                         "submitter", api.submit_tasks,      "Submit one task or a list.", (w.TaskIn, w.TasksIn, w.TaskList), (o.SubmittedOut, o.SubmittedListOut), status=201),
+        _("POST",   "/tasks",                         "submitter", api.submit_tasks,      "Submit one task or a list.", (w.TaskIn, w.TasksIn, w.TaskList), (o.SubmittedOut, o.SubmittedListOut, r.PreviewOut), dry_run, status=201),
         _("GET",    "/tasks",                         "viewer",    api.list_tasks,        "Tasks, newest first, by pages.", None, o.TaskPageOut, (*FILTERS, *PAGE)),
         _("GET",    "/tasks/pull",                    "device",    api.pull_tasks,        "Ask for tasks; held until there are some.", None, o.PullOut, pull),
         _("GET",    "/tasks/stats",                   "viewer",    api.tasks_stats,       "Counts, and the last hour.", None, o.TasksStatsOut, stats),
@@ -600,6 +513,8 @@ def routes(api: Api) -> tuple[tuple[str, tuple[Route, ...]], ...]:
         _("POST",   "/tasks/{task_id}/cancel",        "operator",  api.cancel_task,       "Cancel a task.", w.ReasonIn, o.StatusOut),
         _("POST",   "/tasks/{task_id}/requeue",       "operator",  api.requeue_task,      "Give a failed or cancelled task another life.", w.ReasonIn, o.ChangedOut),
         _("GET",    "/batches",                       "viewer",    api.list_batches,      "Batches with their counts.", None, o.BatchesOut, batch_page),
+        _("GET",    "/batches/{name}/failures",       "viewer",    api.batch_failures,    "What went wrong in a batch, by error message.", None, r.FailuresOut),
+        _("GET",    "/batches/{name}",                "viewer",    api.get_batch,         "How far a batch is, and how fast it goes.", None, r.BatchProgressOut),
         _("POST",   "/batches/{name}/pause",          "operator",  api.pause_batch,       "Hold a batch back.", w.ReasonIn, o.BatchChangedOut),
         _("POST",   "/batches/{name}/resume",         "operator",  api.resume_batch,      "Let a batch go on.", w.ReasonIn, o.BatchChangedOut),
         _("POST",   "/batches/{name}/cancel",         "operator",  api.cancel_batch,      "Cancel a batch and its unfinished tasks.", w.ReasonIn, o.BatchChangedOut),
@@ -613,10 +528,13 @@ def routes(api: Api) -> tuple[tuple[str, tuple[Route, ...]], ...]:
         _("POST",   "/task-types/{task_type}/resume", "operator",  api.resume_type,       "Let a task type go on.", w.ReasonIn, o.PauseChangedOut),
         _("POST",   "/system/pause",                  "operator",  api.pause_all,         "Send nothing at all; what runs, runs on.", w.ReasonIn, o.PauseChangedOut),
         _("POST",   "/system/resume",                 "operator",  api.resume_all,        "Send tasks again.", w.ReasonIn, o.PauseChangedOut),
-        _("GET",    "/system/overview",               "viewer",    api.overview,          "The system at a glance.", None, o.OverviewOut),
+        _("GET",    "/system",                        "viewer",    api.about_system,      "The master itself: database, writer, latency, settings, states.", None, r.SystemOut),
+        _("GET",    "/system/overview",               "viewer",    api.overview,          "The system at a glance.", None, r.OverviewOut),
+        _("GET",    "/system/series",                 "viewer",    api.system_series,     "What was done over the last hour or day, as points for charts.", None, r.SeriesOut, series),
         _("GET",    "/strategy",                      "viewer",    api.get_strategy,      "The load-balancing strategy in force.", None, o.StrategyOut),
         _("PUT",    "/strategy",                      "operator",  api.set_strategy,      "Switch the strategy.", w.StrategyIn, o.StrategyOut),
         _("GET",    "/events",                        "viewer",    api.stream_events,     "What happens, as server-sent events.", kind="text/event-stream"),
+        _("GET",    "/events/history",                "viewer",    api.event_history,     "What happened, kept: all but the routine life of tasks.", None, r.HistoryOut, happened),
         _("POST",   "/login",                         "public",    api.login,             "Trade a key for a session cookie.", w.LoginIn, status=204),
         _("POST",   "/logout",                        "public",    api.logout,            "Forget the session cookie.", status=204),
         _("GET",    "/openapi.json",                  "viewer",    api.openapi_document,  "This API as an OpenAPI document."),
@@ -669,6 +587,19 @@ def _new_task(task: wire.TaskIn, wall: float) -> db.NewTask:
     )  # fmt: skip
 
 
+def _problem(wrong: wire.Invalid) -> dict[str, Any]:
+    return {"ok": False, "problem": {"code": wrong.code, "field": wrong.field, "detail": wrong.detail}}
+
+
+def _previewed(task: wire.TaskIn, submitted: db.Submitted, types: Mapping[str, int], newest: int) -> dict[str, Any]:
+    """`id` is that of the task which has this key already; one that was only rehearsed has none."""
+    if submitted.status in REFUSALS:
+        return _problem(wire.Invalid(409, submitted.status, REFUSALS[submitted.status], "batch"))
+    warning = None if task.task_type in types else f"No device runs {task.task_type} tasks: it waits until one does."
+    known_id = submitted.id if not submitted.created and (submitted.id or 0) <= newest else None
+    return {"ok": True, "id": known_id, "created": submitted.created, "status": submitted.status, "warning": warning}
+
+
 def _report(report: wire.ReportIn, wall: float) -> db.Report:
     delay = report.snooze_seconds if report.outcome == "snoozed" else report.retry_after_seconds
     return db.Report(
@@ -676,7 +607,7 @@ def _report(report: wire.ReportIn, wall: float) -> db.Report:
         report.error_message or report.reason, report.error_type, report.log_tail, report.duration_seconds,
         report.progress, report.retry, delay, tuple(_new_task(task, wall) for task in report.new_tasks) if report.new_tasks else (),
         tuple(db.Artifact(file.name, file.bytes, file.sha256) for file in report.artifacts) if report.artifacts else (),
-        report.closed_seconds(wall), report.limit_name,
+        report.closed_seconds(wall), report.limit_name, tuple(report.limit_key or ()),
     )  # fmt: skip
 
 

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import db
+import judging
 from reads import Reads
 from store import Store, sync_folder
 from transaction import Tx
@@ -88,11 +89,11 @@ class Artifacts:
     def receive(
         self, device_id: str, assignment_id: int, lease_id: str, artifact: db.Artifact, parts: Iterable[bytes]
     ) -> db.Judged:
-        """Takes a file in, if its attempt may still send it (see db.judge_upload); durable when accepted.
+        """Takes a file in, if its attempt may still send it (see judging.judge_upload); durable when accepted.
 
         Raises NoRoom, Busy or ChecksumWrong, what `parts` raises, and what a write raises; then the file is not in.
         """
-        judged = self._store.write(db.judge_upload, device_id, assignment_id, lease_id, artifact)
+        judged = self._store.write(judging.judge_upload, device_id, assignment_id, lease_id, artifact)
         if judged.outcome != "accepted" or judged.task_id is None:
             return judged
         until = self._uploads.take(artifact.bytes)
@@ -103,7 +104,7 @@ class Artifacts:
             self._arriving.add(path)
             self._place(self._take(artifact, in_time(parts, until)), path)
             # A file whose row fails stays: the same file may be on its way again, and strays are swept.
-            return self._store.write(db.add_artifact, device_id, assignment_id, lease_id, artifact)
+            return self._store.write(judging.add_artifact, device_id, assignment_id, lease_id, artifact)
         except OSError as error:
             if error.errno in NO_ROOM:
                 raise NoRoom("the master's disk has no room for this file; send it again later") from error

@@ -10,10 +10,13 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from reads import Reads, iso
+from reads import ACTIVE_SQL, Reads, iso
 
 KEYS_SHOWN = 100
+KEYS_LOOKED_AT = 2_000
+"""Of those that are closed, of the newest, and of those of running tasks."""
 PAUSES_SHOWN = 50
+LANES_LOOKED_AT = 5_000
 DAY_SECONDS = 86400.0
 
 LIMIT_COLUMNS = ("name", "task_type", "fields", "max_running", "max_starts", "window_seconds", "max_starts_per_day")
@@ -31,6 +34,19 @@ KEY_COLUMNS = (
 _KEY_SQL = (
     f"SELECT {', '.join(f'limits.{name}' for name in LIMIT_COLUMNS)}, {', '.join(KEY_COLUMNS)}"
     " FROM af_limit_key AS key JOIN af_limit AS limits ON limits.id = key.limit_id"
+)
+
+
+_KEY_ORDER = "key.look_at IS NULL, key.is_full DESC, key.running DESC, key.id DESC"
+# A limit may have a key for each account and host there is: those to show are looked for where they can be.
+_SHOWN_SQL = (
+    "SELECT key.id FROM af_limit_key AS key WHERE key.limit_id = ? AND key.id IN ("
+    f"SELECT id FROM (SELECT id FROM af_limit_key WHERE look_at IS NOT NULL ORDER BY look_at LIMIT {KEYS_LOOKED_AT})"
+    f" UNION SELECT id FROM (SELECT id FROM af_limit_key ORDER BY id DESC LIMIT {KEYS_LOOKED_AT})"
+    " UNION SELECT key_id FROM (SELECT task_id FROM af_task_assignment INDEXED BY attempt_active"
+    f" WHERE status IN ({ACTIVE_SQL}) LIMIT {KEYS_LOOKED_AT}) AS attempt CROSS JOIN af_crawl_tasks AS task"
+    " ON task.id = attempt.task_id CROSS JOIN af_lane_key AS link ON link.lane_id = task.lane_id)"
+    f" ORDER BY {_KEY_ORDER} LIMIT {KEYS_SHOWN}"
 )
 
 
@@ -68,8 +84,7 @@ class Backlog:
         found = []
         for limit_id, *row in rows:
             keys = self._keys(
-                "WHERE key.limit_id = ? ORDER BY key.look_at IS NULL, key.is_full DESC, key.running DESC, key.id DESC"
-                f" LIMIT {KEYS_SHOWN}", limit_id, now, wall,
+                f"WHERE key.id IN ({_SHOWN_SQL}) ORDER BY {_KEY_ORDER}", limit_id, now, wall,
             )  # fmt: skip
             shown = [{name: value for name, value in key.items() if name not in _LIMIT_NAMES} for key in keys]
             found.append({**_limit_row(row), "keys": shown})
@@ -89,25 +104,33 @@ class Backlog:
     # -- lanes and pauses -------------------------------------------------------------------------------------
 
     def lanes(self, *, task_type: str | None, limit: int, cursor: int | None) -> dict[str, Any]:
-        """{lanes, next_cursor}: lanes in which something waits, and paused ones; the newest first."""
-        rows = self._reads.rows(
-            f"SELECT {', '.join(LANE_COLUMNS)} FROM af_lane WHERE id < ? AND (waiting > 0 OR paused = 1)"
-            " AND (?2 IS NULL OR task_type = ?2) ORDER BY id DESC LIMIT ?3",
-            (2**63 - 1 if cursor is None else cursor, task_type, limit),
+        """{lanes, next_cursor}: lanes in which something waits, and paused ones; the newest first.
+
+        A page has fewer where many others lie between: it looks at 5,000 lanes at most, and says where to go on.
+        """
+        columns = ", ".join(LANE_COLUMNS)
+        lanes = (
+            "af_lane NOT INDEXED WHERE" if task_type is None else "af_lane INDEXED BY lane_type WHERE task_type = ? AND"
         )
-        return {
-            "lanes": [_lane_row(row) for row in rows],
-            "next_cursor": str(rows[-1][0]) if len(rows) == limit else None,
-        }
+        lanes += " id < ? ORDER BY id DESC LIMIT"
+        values = (*([] if task_type is None else [task_type]), 2**63 - 1 if cursor is None else cursor)
+        rows = self._reads.rows(
+            f"SELECT * FROM (SELECT {columns} FROM {lanes} {LANES_LOOKED_AT}) WHERE waiting > 0 OR paused = 1 LIMIT ?",
+            (*values, limit),
+        )
+        last = rows[-1:] if len(rows) == limit else None
+        if last is None:
+            last = self._reads.rows(f"SELECT id FROM {lanes} 1 OFFSET {LANES_LOOKED_AT - 1}", values)
+        return {"lanes": [_lane_row(row) for row in rows], "next_cursor": str(last[0][0]) if last else None}
 
     def pauses(self) -> list[dict[str, Any]]:
         """Whatever a person holds back: everything, task types, batches, lanes; {scope, name, reason} each."""
         rows = self._reads.rows(
             "SELECT scope, name, reason FROM af_pause"
-            " UNION ALL SELECT * FROM (SELECT 'batch', name, reason FROM af_batch WHERE state = 'paused'"
-            " ORDER BY rowid DESC LIMIT ?1)"
-            " UNION ALL SELECT * FROM (SELECT 'lane', CAST(id AS TEXT), paused_reason FROM af_lane WHERE paused = 1"
-            " LIMIT ?1)",
+            " UNION ALL SELECT * FROM (SELECT 'batch', name, reason FROM af_batch INDEXED BY batch_paused"
+            " WHERE state = 'paused' ORDER BY rowid DESC LIMIT ?1)"
+            " UNION ALL SELECT * FROM (SELECT 'lane', CAST(id AS TEXT), paused_reason FROM af_lane"
+            " INDEXED BY lane_paused WHERE paused = 1 LIMIT ?1)",
             (PAUSES_SHOWN,),
         )
         return [{"scope": scope, "name": name or None, "reason": reason} for scope, name, reason in rows]

@@ -17,9 +17,10 @@
   failed      no retry left, or poison, timeout, gave_up           (final until a person requeues it)
   cancelled   a person took it back                                (final until a person requeues it)
 
-An attempt's (id, lease_id) is the fencing token. A report is judged: unknown attempt -> gone; another lease -> stale;
-settled by this report before -> duplicate; cancelled -> gone; a newer attempt exists, or final by another -> stale,
-kept on the attempt and never applied; else one guarded UPDATE -> accepted. A late success of the newest attempt counts.
+An attempt's (id, lease_id) is the fencing token. judging.py judges each report by it: unknown attempt -> gone; another
+lease -> stale; settled by this report before -> duplicate; cancelled -> gone; a newer attempt exists, or final by
+another -> stale, kept on the attempt and never applied; else one guarded UPDATE -> accepted. A late success of the
+newest attempt counts.
 
 Every verb runs inside the writer's transaction and takes it as `tx`, which carries `now`: nothing here reads a clock.
 Only `_move_all` writes a task's state. SQL for reading lists lives in reads.py, what a device is in devices.py.
@@ -33,7 +34,8 @@ import random
 import secrets
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from operator import attrgetter, itemgetter
+from typing import Any, NamedTuple, Protocol
 
 import limits
 from lanes import Lanes, bring_into_place
@@ -63,8 +65,6 @@ START_WITHIN_SECONDS, GIVE_AWAY_SECONDS = 5.0, 2.0
 """What a device got ahead of a free slot it begins within this time, or never; so much later others may have it."""
 LOST_ON_DEVICES_LIMIT, LOST_LIMIT = 3, 5
 KEPT_ATTEMPTS = 20
-ARTIFACTS_LIMIT = 100
-"""Files of one attempt."""
 SLOWEST_UPLOAD_BYTES = 16 * 1024
 """A second: a device that sends its files slower than this is cut off by itself, and its lease runs out here."""
 BACKOFF_LIMIT_SECONDS = 3600.0
@@ -113,10 +113,10 @@ class Artifact(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a device says of one attempt; `outcome` names the verb by REPORT_VERBS.
+    """What a device says of one attempt; `outcome` names the verb by judging.REPORT_VERBS.
 
-    `limit_closed_seconds`: it was told to stay away, so nothing of the task's limit keys (or of the key of the limit
-    `limit_name`) is to be sent anywhere for so long.
+    `limit_closed_seconds`: it was told to stay away, so nothing of the task's limit keys is to be sent anywhere for so
+    long; `limit_name` and `limit_key` say of which (limits.close_keys).
     """
 
     assignment_id: int
@@ -134,6 +134,7 @@ class Report(NamedTuple):
     artifacts: tuple[Artifact, ...] = ()
     limit_closed_seconds: float | None = None
     limit_name: str | None = None
+    limit_key: tuple[str, ...] = ()
 
 
 class Judged(NamedTuple):
@@ -218,31 +219,53 @@ def active_attempts(tx: Tx, device_id: str) -> list[Attempt]:
 # -- the one writer of a state ------------------------------------------------------------------------------
 
 
+class Standing(Protocol):
+    """Where a task stands in the books: what `_move_all` asks of it."""
+
+    @property
+    def id(self) -> int: ...
+    @property
+    def assignment_id(self) -> int | None: ...
+    @property
+    def status(self) -> str: ...
+    @property
+    def task_type(self) -> str: ...
+    @property
+    def batch(self) -> str: ...
+    @property
+    def lane_id(self) -> int: ...
+
+
+_books_of = attrgetter("task_type", "batch", "lane_id", "status")
+
+
 def _move(tx: Tx, verb: str, task: Task, to_state: str, **columns: Any) -> bool:
     """Writes a task's state if it is still as `task` says; False means that somebody was faster."""
     if task.status not in TRANSITIONS[verb][0]:
         return False
-    return _move_all(tx, verb, [task], to_state, [tuple(columns.values())], tuple(columns)) == 1
+    assignments = ", ".join(f"{column} = ?" for column in columns)
+    return _move_all(tx, verb, [task], to_state, assignments, *columns.values()) == 1
 
 
-def _move_all(tx: Tx, verb: str, tasks: Sequence[Task], to_state: str, values: Sequence[tuple[Any, ...]],
-              columns: tuple[str, ...]) -> int:  # fmt: skip
-    """The same for many, each with its own values of the same columns; how many of them were as their Task says.
+def _move_all(tx: Tx, verb: str, tasks: Sequence[Standing], to_state: str, assignments: str, *values: Any) -> int:
+    """The same for many, in one statement for each state that they come from; `assignments` is what else it sets.
 
-    One statement runs over all: where they are fewer than asked for, the caller must let the job be undone.
+    Returns how many were as they were said to be: where they are fewer, the caller must let the job be undone.
     """
     from_states, to_states = TRANSITIONS[verb]
     assert to_state in to_states, f"{verb} does not lead to {to_state}"
     assert all(task.status in from_states for task in tasks), f"{verb} does not come from every state here"
-    assignments = "".join(f", {column} = ?" for column in columns)
-    moved = tx.connection.executemany(
-        f"UPDATE af_crawl_tasks SET status = ?, updated_at = ?{assignments}"
-        " WHERE id = ? AND status = ? AND assignment_id IS ?",
-        [
-            (to_state, tx.now, *its, task.id, task.status, task.assignment_id)
-            for task, its in zip(tasks, values, strict=True)
-        ],
-    ).rowcount
+    attempts: defaultdict[str, dict[int, int | None]] = defaultdict(dict)
+    for task in tasks:
+        attempts[task.status][task.id] = task.assignment_id
+    moved = 0
+    for status, attempt_of in attempts.items():
+        # The old state stands in the text: compared with a value, SQLite plans the statement anew at every execution.
+        moved += tx.execute(
+            f"UPDATE af_crawl_tasks SET status = ?, updated_at = ?, {assignments} FROM json_each(?) AS was"
+            f" WHERE af_crawl_tasks.id = was.key AND status = '{status}' AND assignment_id IS was.value",
+            (to_state, tx.now, *values, json.dumps(attempt_of)),
+        ).rowcount
     if moved == len(tasks):
         for (task_type, batch, lane_id, status), n in Counter(map(_books_of, tasks)).items():
             tx.count(task_type, batch, status, -n)
@@ -251,31 +274,22 @@ def _move_all(tx: Tx, verb: str, tasks: Sequence[Task], to_state: str, values: S
     return moved
 
 
-def _books_of(task: Task) -> tuple[str, str, int, str]:
-    return task.task_type, task.batch, task.lane_id, task.status
-
-
 def _settle(tx: Tx, attempt: Attempt, status: str, report: Report | None = None, error_type: str | None = None) -> None:
     """Ends an attempt; what the report says of it is kept beside it."""
     r = report or Report(attempt.id, attempt.lease_id, status)
     tx.execute(
-        _SETTLE_ATTEMPT,
+        "UPDATE af_task_assignment SET status = ?, completed_at = ?, deadline_at = NULL, duration_seconds = ?,"
+        " error_message = ?, error_type = ?, log_tail = ? WHERE id = ?",
         (status, tx.now, r.duration_seconds, r.error_message, error_type or r.error_type, r.log_tail, attempt.id),
     )
 
 
-_SETTLE_ATTEMPT = (
-    "UPDATE af_task_assignment SET status = ?, completed_at = ?, deadline_at = NULL, duration_seconds = ?,"
-    " error_message = ?, error_type = ?, log_tail = ? WHERE id = ?"
-)
-
-
 # -- submit and promote --------------------------------------------------------------------------------------
 
-_INSERT_TASK = f"""INSERT INTO af_crawl_tasks (id, task_type, username, app_id, start_date, end_date, status, priority,
- lane_id, batch, unique_key, parent_id, next_run_at, give_up_at, execution_timeout, max_retry_count, required_tags,
- pinned_device_id, prefer_device_id, same_device_as, prefer_seconds, created_by, created_at, updated_at)
- VALUES (?{", ?" * 23})"""
+_INSERT_TASKS = """INSERT INTO af_crawl_tasks (id, unique_key, lane_id, status, next_run_at, task_type, username,
+ app_id, start_date, end_date, priority, batch, parent_id, give_up_at, execution_timeout, max_retry_count,
+ required_tags, pinned_device_id, prefer_device_id, same_device_as, prefer_seconds, created_by, created_at, updated_at)
+ SELECT key, value, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ? FROM json_each(?)"""
 
 
 def submit(tx: Tx, tasks: Sequence[NewTask], created_by: str | None = None) -> list[Submitted]:
@@ -284,44 +298,65 @@ def submit(tx: Tx, tasks: Sequence[NewTask], created_by: str | None = None) -> l
     Looking before inserting is no race here: one thread writes. The unique index stands behind it all the same.
     """
     batches = {name: _Batch(tx, name) for name in {task.batch for task in tasks} if name}
-    lanes = Lanes(tx)
     known: dict[tuple[str, str], int] = {}
     next_id = first_id = _next_id(tx, "af_crawl_tasks")
-    rows: list[tuple[Any, ...]] = []
-    payloads: list[tuple[int, str]] = []
+    new: list[NewTask] = []
     answers: list[Submitted] = []
     for task in tasks:
-        existing_id = _known_id(tx, task, known)
+        existing_id = _known_id(tx, task, known) if task.unique_key is not None else None
         refusal = batches[task.batch].refuses(task) if task.batch and existing_id is None else None
         if existing_id is not None and existing_id >= first_id:
-            answers.append(Submitted(existing_id, False, rows[existing_id - first_id][6]))
+            answers.append(Submitted(existing_id, False, _first_state(tx, new[existing_id - first_id])))
         elif existing_id is not None:
             answers.append(_existing(tx, task, existing_id))
         elif refusal is not None:
             answers.append(Submitted(None, False, refusal))
         else:
-            lane = lanes.find(task)
-            rows.append(_task_row(tx, next_id, task, lane, created_by))
-            if task.task_data != "{}":
-                payloads.append((next_id, task.task_data))
+            new.append(task)
             if task.unique_key is not None:
                 known[task.batch, task.unique_key] = next_id
-            answers.append(_count_new(tx, next_id, task, rows[-1][6], lane))
+            answers.append(Submitted(next_id, True, _first_state(tx, task)))
             next_id += 1
-    tx.connection.executemany(_INSERT_TASK, rows)
-    tx.connection.executemany("INSERT INTO af_task_payload (task_id, task_data) VALUES (?, ?)", payloads)
-    if rows:
-        tx.note("task", "submit", task=first_id, count=len(rows), by=created_by)
+    if new:
+        _insert_tasks(tx, first_id, new, created_by)
+        tx.note("task", "submit", task=first_id, count=len(new), by=created_by)
     return answers
 
 
-def _task_row(tx: Tx, task_id: int, task: NewTask, lane_id: int, created_by: str | None) -> tuple[Any, ...]:
-    run_at = task.run_at if task.run_at is not None and task.run_at > tx.wall else None
+def _first_state(tx: Tx, task: NewTask) -> str:
+    return "pending" if task.run_at is None or task.run_at <= tx.wall else "scheduled"
+
+
+def _insert_tasks(tx: Tx, first_id: int, tasks: Sequence[NewTask], created_by: str | None) -> None:
+    """Numbers them in order. Tasks are much alike, so one statement inserts all that differ in nothing but their id,
+    unique_key and task_data; in the same lane they must be."""
+    lanes = Lanes(tx)
+    alike: defaultdict[Any, dict[int, str | None]] = defaultdict(dict)
+    for task_id, task in enumerate(tasks, first_id):
+        shared = _SHARED(task)
+        if lanes.of_type(task.task_type)[1]:  # limits may go by its task_data
+            shared = lanes.find(task), shared
+        alike[shared][task_id] = task.unique_key
+    for keys in alike.values():
+        task = tasks[next(iter(keys)) - first_id]
+        lane_id, status = lanes.find(task), _first_state(tx, task)
+        columns = _columns_of(tx, task, status, created_by)
+        tx.execute(_INSERT_TASKS, (lane_id, status, *columns, json.dumps(keys, ensure_ascii=False)))
+        tx.count(task.task_type, task.batch, status, len(keys))
+        tx.count_lane(lane_id, None, status, len(keys))
+    tx.connection.executemany(
+        "INSERT INTO af_task_payload (task_id, task_data) VALUES (?, ?)",
+        [(task_id, task.task_data) for task_id, task in enumerate(tasks, first_id) if task.task_data != "{}"],
+    )
+
+
+def _columns_of(tx: Tx, task: NewTask, status: str, created_by: str | None) -> tuple[Any, ...]:
+    """The values of _INSERT_TASKS from next_run_at on."""
+    run_at = task.run_at if status == "scheduled" else None
     policy = tx.policy
     return (
-        task_id, task.task_type, task.username, task.app_id, task.start_date, task.end_date,
-        "pending" if run_at is None else "scheduled", task.priority, lane_id, task.batch, task.unique_key,
-        task.parent_id, run_at, (run_at or tx.wall) + (task.give_up_seconds or policy.give_up_seconds),
+        run_at, task.task_type, task.username, task.app_id, task.start_date, task.end_date, task.priority, task.batch,
+        task.parent_id, (run_at or tx.wall) + (task.give_up_seconds or policy.give_up_seconds),
         task.execution_timeout or policy.task_timeout,
         policy.max_retry_count if task.max_retry_count is None else task.max_retry_count,
         json.dumps(sorted(task.required_tags)) if task.required_tags else "[]",
@@ -330,16 +365,12 @@ def _task_row(tx: Tx, task_id: int, task: NewTask, lane_id: int, created_by: str
     )  # fmt: skip
 
 
-def _count_new(tx: Tx, task_id: int, task: NewTask, status: str, lane_id: int) -> Submitted:
-    tx.count(task.task_type, task.batch, status, +1)
-    tx.count_lane(lane_id, None, status)
-    return Submitted(task_id, True, status)
+_SHARED = itemgetter(*[n for n, name in enumerate(NewTask._fields) if name not in ("unique_key", "task_data")])
 
 
 def _known_id(tx: Tx, task: NewTask, new_here: dict[tuple[str, str], int]) -> int | None:
     """The task that has this key already, in the table or earlier in this very call."""
-    if task.unique_key is None:
-        return None
+    assert task.unique_key is not None
     if (task.batch, task.unique_key) in new_here:
         return new_here[task.batch, task.unique_key]
     sql = "SELECT id FROM af_crawl_tasks WHERE batch = ? AND unique_key = ?"
@@ -402,20 +433,13 @@ def promote(tx: Tx, limit: int = 1000) -> int:
 
 
 class Gift(NamedTuple):
-    """A pending task for a device. `start_within`: no slot is free for it there, and it is taken back unless it begins
-    so soon."""
+    """To whom pending tasks go. `start_within`: no slot is free for them there, and they are taken back unless they
+    begin so soon."""
 
-    task: Task
     device_id: str
     pull_seq: int | None
     is_delivered: bool
     start_within: float | None = None
-
-    @property
-    def deadline_seconds(self) -> float:
-        if self.start_within is None:
-            return self.task.execution_timeout + GRACE_SECONDS
-        return self.start_within + GIVE_AWAY_SECONDS
 
 
 class Assigned(NamedTuple):
@@ -424,36 +448,42 @@ class Assigned(NamedTuple):
     attempt: int
 
 
-def assign(tx: Tx, gifts: Sequence[Gift]) -> list[Assigned]:
-    """Gives pending tasks to devices: for each a new attempt with a new lease. None of them if one is not pending."""
-    if not gifts or any(gift.task.status != "pending" for gift in gifts):
+LEASE_BYTES = 16
+
+
+def assign(tx: Tx, tasks: Sequence[Task], gift: Gift) -> list[Assigned]:
+    """Gives pending tasks to a device: for each a new attempt with a new lease. None of them if one is not pending."""
+    if not tasks or any(task.status != "pending" for task in tasks):
         return []
     first_id = _next_id(tx, "af_task_assignment")
-    leases = secrets.token_hex(16 * len(gifts))
-    assigned = [
-        Assigned(first_id + n, leases[32 * n : 32 * n + 32], gift.task.attempt_count + 1)
-        for n, gift in enumerate(gifts)
-    ]
-    tx.connection.executemany(
+    leases = secrets.token_bytes(LEASE_BYTES * len(tasks))
+    ahead_seconds = None if gift.start_within is None else gift.start_within + GIVE_AWAY_SECONDS
+    tx.execute(
         "INSERT INTO af_task_assignment (id, task_id, device_id, lease_id, pull_seq, assigned_at, delivered_at,"
-        " deadline_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-        [
-            (new.assignment_id, gift.task.id, gift.device_id, new.lease_id, gift.pull_seq, tx.now,
-             tx.now if gift.is_delivered else None, tx.now + gift.deadline_seconds)
-            for gift, new in zip(gifts, assigned, strict=True)
-        ],
+        f" deadline_at) SELECT ?1 + key, task.id, ?2, lower(hex(substr(?3, key * {LEASE_BYTES} + 1, {LEASE_BYTES}))),"
+        f" ?4, ?5, ?6, ?5 + COALESCE(?7, task.execution_timeout + {GRACE_SECONDS})"
+        " FROM json_each(?8) CROSS JOIN af_crawl_tasks AS task ON task.id = value",
+        (first_id, gift.device_id, leases, gift.pull_seq, tx.now, tx.now if gift.is_delivered else None,
+         ahead_seconds, json.dumps([task.id for task in tasks])),
     )  # fmt: skip
     moved = _move_all(
-        tx, "assign", [gift.task for gift in gifts], "assigned",
-        [(gift.device_id, new.assignment_id, new.attempt) for gift, new in zip(gifts, assigned, strict=True)],
-        ("assigned_device_id", "assignment_id", "attempt_count"),
+        tx, "assign", tasks, "assigned",
+        "assigned_device_id = ?, attempt_count = attempt_count + 1, assignment_id ="
+        f" (SELECT id FROM af_task_assignment WHERE task_id = af_crawl_tasks.id AND status IN ({ACTIVE}))",
+        gift.device_id,
     )  # fmt: skip
-    if moved != len(gifts):
+    if moved != len(tasks):
         raise RuntimeError("a task that was to be given away was not pending any more")
-    for gift, new in zip(gifts, assigned, strict=True):
-        if new.attempt > KEPT_ATTEMPTS:
-            _drop_oldest_attempts(tx, gift.task.id)
-        tx.note("task", "assign", task=gift.task.id, device=gift.device_id, attempt=new.attempt, status="assigned")
+    lease_ids = leases.hex()
+    width = 2 * LEASE_BYTES
+    assigned = []
+    for n, task in enumerate(tasks):
+        attempt = task.attempt_count + 1
+        assigned.append(Assigned(first_id + n, lease_ids[n * width : (n + 1) * width], attempt))
+        if attempt > KEPT_ATTEMPTS:
+            _drop_oldest_attempts(tx, task.id)
+    attempts = {task.id: task.attempt_count + 1 for task in tasks}
+    tx.note_tasks("assign", attempts, device=gift.device_id, status="assigned")
     return assigned
 
 
@@ -464,95 +494,8 @@ def _drop_oldest_attempts(tx: Tx, task_id: int) -> None:
     tx.execute(f"DELETE FROM af_task_assignment WHERE task_id = ? AND id NOT IN {kept}", values)
 
 
-def apply_reports(tx: Tx, device_id: str, reports: Sequence[Report]) -> list[Judged]:
-    """Judges the reports of one request, in order. Nearly all are plain completions: they are read and written at once,
-    and everything else one by one, as it comes."""
-    known = _attempts_with_tasks(tx, [report.assignment_id for report in reports])
-    judged: list[Judged] = []
-    plain: list[Ended] = []
-    for report in reports:
-        attempt, task = known.pop(report.assignment_id, (None, None))  # a second report of it is read anew
-        if attempt and task and _is_plain_completion(device_id, task, attempt, report):
-            plain.append(Ended(task, attempt, report))
-            judged.append(Judged("accepted", task.id, "completed"))
-        else:
-            _complete_all(tx, plain)
-            plain = []
-            judged.append(apply_report(tx, device_id, report))
-    _complete_all(tx, plain)
-    return judged
-
-
-def _attempts_with_tasks(tx: Tx, assignment_ids: Sequence[int]) -> dict[int, tuple[Attempt, Task]]:
-    columns = [f"attempt.{name}" for name in Attempt._fields] + [f"task.{name}" for name in Task._fields]
-    rows = tx.execute(
-        f"SELECT {', '.join(columns)} FROM json_each(?) AS wanted"
-        " JOIN af_task_assignment AS attempt ON attempt.id = wanted.value"
-        " JOIN af_crawl_tasks AS task ON task.id = attempt.task_id",
-        (json.dumps(assignment_ids),),
-    ).fetchall()
-    width = len(Attempt._fields)
-    return {row[0]: (Attempt._make(row[:width]), Task._make(row[width:])) for row in rows}
-
-
-def _is_plain_completion(device_id: str, task: Task, attempt: Attempt, report: Report) -> bool:
-    """The usual end: `apply_report` would accept it, and `complete` has nothing to ask or to add."""
-    return (
-        report.outcome == "completed"
-        and not (report.artifacts or report.new_tasks or report.limit_closed_seconds)
-        and (attempt.device_id, attempt.lease_id) == (device_id, report.lease_id)
-        and task.assignment_id == attempt.id
-        and task.status in ("assigned", "running")
-        and attempt.status in ("assigned", "running")
-        and attempt.late_outcome is None
-    )
-
-
-def apply_report(tx: Tx, device_id: str, report: Report) -> Judged:
-    """Judges one report by the rules on the first screen and, if it is accepted, applies its verb."""
-    attempt = get_attempt(tx, report.assignment_id)
-    if attempt is None or attempt.device_id != device_id:
-        return Judged("gone")
-    task = get_task(tx, attempt.task_id)
-    if task is None:
-        return Judged("gone")
-    if attempt.lease_id != report.lease_id:
-        return Judged("stale", task.id, task.status)
-    if _is_settled_by_report(attempt, report):
-        return Judged("duplicate", task.id, task.status)
-    if task.status == "cancelled":
-        return Judged("gone", task.id, task.status)
-    if task.assignment_id != attempt.id or _is_final_by_another(task):
-        _keep_late(tx, attempt, report)
-        return Judged("stale", task.id, task.status)
-    if report.limit_closed_seconds:
-        return _close_limit(tx, task, attempt, report)
-    return REPORT_VERBS[report.outcome](tx, task, attempt, report)
-
-
-def _close_limit(tx: Tx, task: Task, attempt: Attempt, report: Report) -> Judged:
-    """The device was told to stay away: that is nobody's failure, so the task waits like the others of its key."""
-    seconds = report.limit_closed_seconds or 0.0
-    limits.close_keys(tx, task.lane_id, seconds, report.error_message, report.limit_name)
-    if report.outcome != "failed" or not report.can_retry:
-        return REPORT_VERBS[report.outcome](tx, task, attempt, report)
-    return snooze(tx, task, attempt, report._replace(outcome="snoozed"))
-
-
-def _is_settled_by_report(attempt: Attempt, report: Report) -> bool:
-    if attempt.late_outcome is not None or attempt.status in ("completed", "failed", "snoozed"):
-        return True
-    if report.outcome == "running":
-        return attempt.status == "running"
-    return report.outcome == "released" and attempt.status == "released"
-
-
-def _is_final_by_another(task: Task) -> bool:
-    """Final, and not merely because a sweep gave it up while its device was away."""
-    return task.status == "completed" or (task.status == "failed" and task.end_reason not in FAILED_BY_SWEEP)
-
-
-def _keep_late(tx: Tx, attempt: Attempt, report: Report) -> None:
+def keep_late(tx: Tx, attempt: Attempt, report: Report) -> None:
+    """What came too late is told on its attempt; it moves nothing."""
     if report.outcome != "running":
         sql = "UPDATE af_task_assignment SET late_outcome = ?, late_at = ? WHERE id = ?"
         tx.execute(sql, (report.outcome, tx.now, attempt.id))
@@ -591,8 +534,9 @@ def complete(tx: Tx, task: Task, attempt: Attempt, report: Report) -> Judged:
         return Judged("artifacts_missing", task.id, task.status, missing=missing)
     is_late = attempt.status not in ("assigned", "running")
     if is_late:
-        _keep_late(tx, attempt, report)
-    _complete_all(tx, [Ended(task, attempt, report)], is_late=is_late)
+        keep_late(tx, attempt, report)
+    ended = Ended(attempt.id, task.id, task.task_type, task.batch, task.lane_id, task.status, task.attempt_count)
+    complete_all(tx, attempt.device_id, [(ended, report)], is_late=is_late)
     new_tasks = submit(tx, _heirs(tx, task, report.new_tasks), created_by=f"task {task.id}")
     return Judged("accepted", task.id, "completed", tuple(new_tasks))
 
@@ -612,44 +556,53 @@ def _heirs(tx: Tx, task: Task, new_tasks: Sequence[NewTask]) -> list[NewTask]:
 
 
 class Ended(NamedTuple):
-    """A task, its attempt, and the report that ends both."""
+    """A task that ends, as far as its books go; `assignment_id` is the attempt that ends it."""
 
-    task: Task
-    attempt: Attempt
-    report: Report
+    assignment_id: int
+    id: int
+    task_type: str
+    batch: str
+    lane_id: int
+    status: str
+    attempt_count: int
 
 
-def _complete_all(tx: Tx, ended: Sequence[Ended], *, is_late: bool = False) -> None:
+def complete_all(tx: Tx, device_id: str, ended: Sequence[tuple[Ended, Report]], *, is_late: bool = False) -> None:
     """Books completions of one device that were judged and accepted."""
     if not ended:
         return
-    device_id = ended[0].attempt.device_id
-    moved = _move_all(
-        tx, "complete", [one.task for one in ended], "completed",
+    tasks = [task for task, _ in ended]
+    durations: defaultdict[str, list[float]] = defaultdict(list)
+    for task, report in ended:
+        durations[task.task_type].append(report.duration_seconds or 0.0)
+    attempts = {task.id: task.attempt_count for task in tasks}
+    tx.note_tasks("complete", attempts, device=device_id, late=is_late, status="completed")
+    tx.execute(
+        "UPDATE af_task_assignment SET status = 'completed', completed_at = ?, deadline_at = NULL,"
+        " duration_seconds = said.value FROM json_each(?) AS said WHERE af_task_assignment.id = said.key",
+        (tx.now, json.dumps({task.assignment_id: report.duration_seconds for task, report in ended})),
+    )
+    tx.connection.executemany(
+        "UPDATE af_task_assignment SET error_message = ?, error_type = ?, log_tail = ? WHERE id = ?",
         [
-            (tx.now, a.started_at or tx.now - (r.duration_seconds or 0.0), device_id, None, None, None)
-            for _, a, r in ended
+            (r.error_message, r.error_type, r.log_tail, task.assignment_id)
+            for task, r in ended
+            if is_late or r.error_message or r.error_type or r.log_tail
         ],
-        ("finished_at", "started_at", "assigned_device_id", "next_run_at", "end_reason", "error_message"),
+    )
+    moved = _move_all(
+        tx, "complete", tasks, "completed",
+        "finished_at = ?, assigned_device_id = ?, next_run_at = NULL, end_reason = NULL, error_message = NULL,"
+        " started_at = (SELECT COALESCE(started_at, completed_at - COALESCE(duration_seconds, 0))"
+        " FROM af_task_assignment AS attempt WHERE attempt.id = assignment_id)",
+        tx.now, device_id,
     )  # fmt: skip
     if moved != len(ended):
         raise RuntimeError("a task was not as it had been read in the same transaction")
     tx.connection.executemany(
-        _SETTLE_ATTEMPT,
-        [
-            ("completed", tx.now, r.duration_seconds, r.error_message, r.error_type, r.log_tail, a.id)
-            for _, a, r in ended
-        ],
-    )
-    tx.connection.executemany(
         "INSERT OR REPLACE INTO af_task_result (task_id, result) VALUES (?, ?)",
-        [(task.id, r.result) for task, _, r in ended if r.result is not None],
+        [(task.id, report.result) for task, report in ended if report.result is not None],
     )
-    durations: defaultdict[str, list[float]] = defaultdict(list)
-    for task, _, report in ended:
-        durations[task.task_type].append(report.duration_seconds or 0.0)
-        tx.note("task", "complete", task=task.id, device=device_id, attempt=task.attempt_count, late=is_late,
-                status="completed")  # fmt: skip
     for task_type, seconds in durations.items():
         tx.count_minute(task_type, device_id, "completed", *seconds)
     tx.execute(
@@ -671,41 +624,6 @@ def _missing_artifacts(tx: Tx, attempt: Attempt, artifacts: Sequence[Artifact]) 
             (tx.now + GRACE_SECONDS + way_seconds, attempt.id),
         )
     return tuple(artifact.name for artifact in missing)
-
-
-def judge_upload(tx: Tx, device_id: str, assignment_id: int, lease_id: str, artifact: Artifact) -> Judged:
-    """May this file come in? Judged as its attempt's report would be: accepted, duplicate, gone or stale; or `differs`
-    (another file has its name) or `too_many`."""
-    attempt = get_attempt(tx, assignment_id)
-    task = get_task(tx, attempt.task_id) if attempt is not None and attempt.device_id == device_id else None
-    if attempt is None or task is None:
-        return Judged("gone")
-    if attempt.lease_id != lease_id:
-        return Judged("stale", task.id, task.status)
-    row = tx.one("SELECT name, bytes, sha256 FROM af_artifact WHERE assignment_id = ? AND name = ?",
-                 (assignment_id, artifact.name))  # fmt: skip
-    if row is not None:
-        return Judged("duplicate" if Artifact(*row) == artifact else "differs", task.id, task.status)
-    if task.status == "cancelled":
-        return Judged("gone", task.id, task.status)
-    if task.assignment_id != attempt.id or _is_final_by_another(task):
-        return Judged("stale", task.id, task.status)
-    known = tx.one("SELECT COUNT(*) FROM af_artifact WHERE assignment_id = ?", (assignment_id,))[0]
-    return Judged("accepted" if known < ARTIFACTS_LIMIT else "too_many", task.id, task.status)
-
-
-def add_artifact(tx: Tx, device_id: str, assignment_id: int, lease_id: str, artifact: Artifact) -> Judged:
-    """The file lies beside the database now; from here on it belongs to its attempt, if that is still wanted."""
-    judged = judge_upload(tx, device_id, assignment_id, lease_id, artifact)
-    if judged.outcome == "accepted":
-        tx.execute(
-            "INSERT INTO af_artifact (task_id, assignment_id, name, bytes, sha256, created_at)"
-            " VALUES (?, ?, ?, ?, ?, ?)",
-            (judged.task_id, assignment_id, *artifact, tx.now),
-        )
-        tx.note("task", "add_artifact", task=judged.task_id, device=device_id, artifact=artifact.name,
-                bytes=artifact.bytes, status=judged.status)  # fmt: skip
-    return judged
 
 
 def fail(tx: Tx, task: Task, attempt: Attempt, report: Report) -> Judged:
@@ -752,7 +670,7 @@ def backoff_seconds(retry: int, first_seconds: float, rng: random.Random) -> flo
 
 def _turn_loss_into_retry(tx: Tx, task: Task, attempt: Attempt, report: Report) -> Judged:
     """A late fail or snooze moves nothing; a loss that was counted turns out to be an ordinary retry."""
-    _keep_late(tx, attempt, report)
+    keep_late(tx, attempt, report)
     if report.outcome == "failed" and attempt.error_type == "lost":
         tx.execute(
             "UPDATE af_crawl_tasks SET lost_count = lost_count - 1, retry_count = retry_count + 1 WHERE id = ?",
@@ -788,9 +706,6 @@ def hand_back(tx: Tx, task: Task, attempt: Attempt, report: Report) -> Judged:
     """The device gives the task back unfinished: no attempt is used up."""
     moved_to = release(tx, attempt, "handed_back", report)
     return Judged("accepted", task.id, moved_to) if moved_to else Judged("stale", task.id, task.status)
-
-
-REPORT_VERBS = {"running": start, "completed": complete, "failed": fail, "snoozed": snooze, "released": hand_back}
 
 
 def release(tx: Tx, attempt: Attempt, reason: str, report: Report | None = None) -> str | None:
@@ -904,7 +819,7 @@ def set_batch_state(tx: Tx, name: str, state: str, reason: str | None = None) ->
     changed = tx.execute("UPDATE af_batch SET state = ?, reason = ? WHERE name = ?", (state, reason, name))
     if changed.rowcount:
         tx.execute("UPDATE af_lane SET is_held = ? WHERE batch = ?", (state != "open", name))
-        tx.note("system", f"batch_{state}", batch=name, reason=reason)
+        tx.note("batch", f"batch_{state}", batch=name, reason=reason)
         tx.wants_dispatch = True
     return changed.rowcount > 0
 

@@ -5,18 +5,23 @@ attempts in the books are brought in line with that here. A lease has no clock o
 been silent for device_timeout, counted from its last word or from the start of the master, whichever is later.
 
 Every function with a `tx` runs in the writer. `Presence` is memory that a restart may lose: a beat later it is back.
+
+A device that holds nothing says nothing new by its beats: they are taken in memory (`beat_idle`) and written together,
+a second later or when somebody asks for them (`write_beats`), so that a thousand idle devices are one commit a second.
 """
 
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import db
+import judging
 from schema import ACTIVE
-from transaction import Tx
+from transaction import Note, Tx
 
 BOOT_WINDOW_SECONDS = 300.0
 BOOTS_TO_CONFLICT = 3
@@ -103,21 +108,103 @@ class Registered(NamedTuple):
     cancel: list[int]
 
 
+class Taken(NamedTuple):
+    """What a beat brings: the attempts to stop, and what is wanted of the device. `idle`: its row, if it held nothing
+    when the books had seen `changes` changes of devices."""
+
+    cancel: list[int]
+    wanted: str
+    idle: Device | None = None
+    changes: int = 0
+
+
+class Unwritten(NamedTuple):
+    """A beat of an idle device, on its way into the database."""
+
+    device_id: str
+    heard: Beat
+    now: float
+    wall: float
+    keep_history: bool
+
+
 @dataclass
 class Presence:
-    """Who was heard when, in this process's memory. `watching_since` is the start, or the end of a long pause."""
+    """Who was heard when, in this process's memory. `watching_since` is the start, or the end of a long pause;
+    `expected_count` is how many devices there were before it."""
 
     watching_since: float
+    expected_count: int = 0
     seen: dict[str, float] = field(default_factory=dict)
     online: set[str] = field(default_factory=set)
+    has_called_the_roll: bool = False
     last_beat: dict[str, tuple[float, frozenset[int]]] = field(default_factory=dict)
     """device -> when its previous beat came, and which active attempts were missing from it"""
+    changes: int = 0
+    unwritten: list[Unwritten] = field(default_factory=list)
+    _idle: dict[str, Device] = field(default_factory=dict)
+    """Devices that hold nothing, as the database knows them"""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def hear(self, notes: Sequence[Note]) -> None:
+        """After a commit, in the writer's thread: what was known of these devices may be wrong now."""
+        with self._lock:
+            for note in notes:
+                device_id = note.facts.get("device")
+                if device_id is not None:
+                    self.changes += 1
+                    self._idle.pop(device_id, None)
+
+    def remember_idle(self, device_id: str, taken: Taken) -> None:
+        """After the commit of its beat: it holds nothing, unless something has changed since that beat was judged."""
+        if taken.idle is not None:
+            with self._lock:
+                if self.changes == taken.changes:
+                    self._idle[device_id] = taken.idle
+
+    def idle_device(self, device_id: str, boot_id: str | None) -> Device | None:
+        """The device's row, if this process speaks for it and it is known to hold nothing."""
+        device = self._idle.get(device_id)
+        is_known = device is not None and device.boot_id == boot_id and device_id in self.online
+        return device if is_known else None
+
+    def beat_idle(self, device_id: str, heard: Beat, now: float, wall: float, *, keep_history: bool) -> str | None:
+        """Takes a beat that changes nothing but the device's figures, without the writer, and returns what is wanted
+        of the device; None for every other beat."""
+        if heard.is_leaving or heard.holding != ():
+            return None
+        with self._lock:
+            device = self.idle_device(device_id, heard.boot_id)
+            if device is None or heard.seq <= device.heartbeat_seq:
+                return None
+            self._idle[device_id] = device._replace(
+                heartbeat_seq=heard.seq, cpu_usage=heard.cpu_usage, memory_usage=heard.memory_usage
+            )
+            self.unwritten.append(Unwritten(device_id, heard, now, wall, keep_history))
+        self.seen[device_id] = now
+        return device.wanted
+
+    def take_unwritten(self) -> list[Unwritten]:
+        with self._lock:
+            taken, self.unwritten = self.unwritten, []
+        return taken
+
+    @property
+    def device_count(self) -> int:
+        """How many devices come back after an outage, as far as this process knows."""
+        return max(len(self.seen), self.expected_count)
 
     def last_seen(self, device_id: str, last_heartbeat_at: float | None) -> float:
         return max(self.seen.get(device_id, 0.0), last_heartbeat_at or 0.0)
 
 
 _DEVICE_SQL = f"SELECT {', '.join(Device._fields)} FROM af_device WHERE device_id = ?"
+
+
+def count_devices(tx: Tx) -> int:
+    """How many have not said goodbye: as many come back after a start."""
+    count: int = tx.one("SELECT count(*) FROM af_device WHERE boot_id IS NOT NULL")[0]
+    return count
 
 
 def get_device(tx: Tx, device_id: str) -> Device | None:
@@ -170,6 +257,7 @@ def register(tx: Tx, presence: Presence, new: Registration) -> Registered:
 
     Raises Superseded (that process was replaced) or DeviceConflict (the third change within five minutes).
     """
+    write_beats(tx, presence)
     device = get_device(tx, new.device_id)
     if device is not None:
         _refuse_conflict(device)
@@ -191,7 +279,8 @@ def register(tx: Tx, presence: Presence, new: Registration) -> Registered:
     if is_new_boot:
         presence.last_beat.pop(new.device_id, None)
         _release_unheld(tx, new.device_id, {(held.assignment_id, held.lease_id) for held in new.holding})
-        tx.note("device", "register", device=new.device_id, version=new.version, address=new.ip_address)
+        verb = "device_registered" if device is None else "register"
+        tx.note("device", verb, device=new.device_id, version=new.version, address=new.ip_address)
     keep, cancel = _judge_holding(tx, new.device_id, new.holding)
     return Registered(device is None, keep, cancel)
 
@@ -258,43 +347,60 @@ def _is_still_theirs(tx: Tx, device_id: str, held: Held) -> bool:
     is_adoptable = device is not None and device.wanted != "disabled"
     if held.phase == "running" and attempt.status != "running" and is_adoptable:
         report = db.Report(held.assignment_id, held.lease_id, "running", progress=held.progress)
-        return db.apply_report(tx, device_id, report).outcome == "accepted"
+        return judging.apply_report(tx, device_id, report).outcome == "accepted"
     return attempt.status in ("assigned", "running")
 
 
-def beat(tx: Tx, presence: Presence, device_id: str, heard: Beat, *, keep_history: bool) -> tuple[list[int], str]:
-    """Takes one heartbeat; returns what the device must cancel, and what is wanted of it.
+def beat(tx: Tx, presence: Presence, device_id: str, heard: Beat, *, keep_history: bool) -> Taken:
+    """Takes one heartbeat.
 
     Raises UnknownDevice, Superseded or DeviceConflict. A beat that was overtaken by a later one changes nothing, but a
     sign of life (without holding, any seq) always counts as one, and nothing is concluded from it about tasks.
     """
+    write_beats(tx, presence)
     device = check_device(tx, presence, device_id, heard.boot_id)
     if heard.seq <= device.heartbeat_seq:
         if heard.holding is None:
             tx.execute("UPDATE af_device SET last_heartbeat_at = ? WHERE device_id = ?", (tx.now, device_id))
             _release_unconfirmed(tx, device_id)
-        return [], device.wanted
-    skew = None if heard.clock is None else round(heard.clock - tx.wall, 1)
+        return Taken([], device.wanted)
+    _write_beat(tx, Unwritten(device_id, heard, tx.now, tx.wall, keep_history))
+    if heard.is_leaving:
+        _say_goodbye(tx, presence, device_id)
+        return Taken([], device.wanted)
+    if heard.holding is None:
+        _release_unconfirmed(tx, device_id)
+        return Taken([], device.wanted)
+    attempts = db.active_attempts(tx, device_id)
+    if not attempts and not heard.holding:
+        presence.last_beat[device_id] = (tx.now, frozenset())
+        return Taken([], device.wanted, device._replace(heartbeat_seq=heard.seq), presence.changes)
+    return Taken(_reconcile(tx, presence, device_id, attempts, heard.holding), device.wanted)
+
+
+def write_beats(tx: Tx, presence: Presence) -> None:
+    """What was taken in memory goes into the database; call it where that must be right."""
+    for beat in presence.take_unwritten():
+        _write_beat(tx, beat)
+
+
+def _write_beat(tx: Tx, beat: Unwritten) -> None:
+    """The device's figures, and a line of its history. One that another process has taken over is left alone."""
+    heard = beat.heard
+    skew = None if heard.clock is None else round(heard.clock - beat.wall, 1)
     metrics = (heard.cpu_usage, heard.memory_usage, heard.disk_usage, heard.active_tasks, heard.system_info)
-    tx.execute(
+    is_there = tx.execute(
         "UPDATE af_device SET last_heartbeat_at = ?, heartbeat_seq = ?, cpu_usage = ?, memory_usage = ?,"
         " disk_usage = ?, active_tasks = ?, system_info = COALESCE(?, system_info), problem = ?,"
-        " clock_skew_seconds = ? WHERE device_id = ?",
-        (tx.now, heard.seq, *metrics, heard.problem, skew, device_id),
-    )
-    if keep_history:
+        " clock_skew_seconds = ? WHERE device_id = ? AND boot_id = ?",
+        (beat.now, heard.seq, *metrics, heard.problem, skew, beat.device_id, heard.boot_id),
+    ).rowcount
+    if is_there and beat.keep_history:
         tx.execute(
             "INSERT INTO af_device_heartbeat (device_id, heartbeat_at, cpu_usage, memory_usage, disk_usage,"
             " active_tasks, system_info) VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (device_id, tx.now, *metrics),
+            (beat.device_id, beat.now, *metrics),
         )
-    if heard.is_leaving:
-        _say_goodbye(tx, presence, device_id)
-        return [], device.wanted
-    if heard.holding is None:
-        _release_unconfirmed(tx, device_id)
-        return [], device.wanted
-    return _reconcile(tx, presence, device_id, heard.holding), device.wanted
 
 
 def _release_unconfirmed(tx: Tx, device_id: str) -> None:
@@ -306,12 +412,14 @@ def _release_unconfirmed(tx: Tx, device_id: str) -> None:
             db.release(tx, attempt, "lost")
 
 
-def _reconcile(tx: Tx, presence: Presence, device_id: str, holding: Sequence[Held]) -> list[int]:
+def _reconcile(
+    tx: Tx, presence: Presence, device_id: str, attempts: Sequence[db.Attempt], holding: Sequence[Held]
+) -> list[int]:
     """Brings the books in line with what the device holds: missing from two beats in a row is released."""
     held = {line.assignment_id: line for line in holding}
     previous_beat_at, missing_before = presence.last_beat.get(device_id, (0.0, frozenset()))
     missing = set()
-    for attempt in db.active_attempts(tx, device_id):
+    for attempt in attempts:
         line = held.get(attempt.id)
         if line is None:
             missing.add(attempt.id)
@@ -360,11 +468,22 @@ def release_silent(tx: Tx, presence: Presence, device_timeout: float) -> int:
         for attempt in db.active_attempts(tx, device_id):
             if db.release(tx, attempt, reason):
                 released += 1
+    if not presence.has_called_the_roll and tx.now - presence.watching_since > device_timeout:
+        presence.has_called_the_roll = True
+        _miss_absent(tx, presence)
     for device_id in [*presence.online]:
         if tx.now - presence.seen.get(device_id, 0.0) > device_timeout:
             presence.online.discard(device_id)
             tx.note("device", "device_offline", device=device_id, reason=f"silent for over {device_timeout:g} s")
     return released
+
+
+def _miss_absent(tx: Tx, presence: Presence) -> None:
+    """Once after a start: devices that were there before it and have not come back."""
+    sql = "SELECT device_id FROM af_device WHERE boot_id IS NOT NULL AND last_heartbeat_at < ?"
+    for (device_id,) in tx.execute(sql, (presence.watching_since,)).fetchall():
+        if device_id not in presence.seen:
+            tx.note("device", "device_offline", device=device_id, reason="not heard since the master started")
 
 
 def set_wanted(tx: Tx, device_id: str, wanted: str, reason: str | None) -> None:
@@ -389,8 +508,16 @@ def set_wanted(tx: Tx, device_id: str, wanted: str, reason: str | None) -> None:
     tx.wants_dispatch = True
 
 
+def rename(tx: Tx, device_id: str, name: str | None) -> None:
+    """A person's name for a device, which its worker does not undo; None: its worker's again. Raises UnknownDevice."""
+    if not tx.execute("UPDATE af_device SET given_name = ? WHERE device_id = ?", (name, device_id)).rowcount:
+        raise UnknownDevice(f"there is no device {device_id}")
+    tx.note("device", "device_renamed", device=device_id, name=name)
+
+
 def forget(tx: Tx, presence: Presence, device_id: str) -> None:
     """Removes a device and its heartbeats; its tasks go elsewhere. Raises UnknownDevice."""
+    write_beats(tx, presence)
     for attempt in db.active_attempts(tx, device_id):
         db.release(tx, attempt, "device_removed")
     tx.execute("DELETE FROM af_device_heartbeat WHERE device_id = ?", (device_id,))

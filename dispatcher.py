@@ -44,8 +44,10 @@ CANDIDATE_LIMIT = 64
 LANE_LIMIT = 500
 """Fitting lanes looked at in one dispatch; the next one goes on with those served least recently."""
 TASKS_A_VISIT = 500
-BUSY_POLL_SECONDS = 5.0
-"""When no more polls can be held, a device is told to ask again after this long."""
+BUSY_POLL_SECONDS = (5.0, 40.0)
+BUSY_POLLS_A_SECOND = 200
+"""When no more polls can be held, the other devices are told to ask again after this long: so many of them come in a
+second that they leave the master most of its time."""
 
 
 class Delivery(NamedTuple):
@@ -252,13 +254,14 @@ class Dispatcher:
         """devices that get one task at a time"""
         self._patience: dict[int, tuple[str, float]] = {}
         """lane -> the device that its tasks wait for, and until when; worked out again when it is lost"""
+        self._may_something_go = True
         self.next_look_at = math.inf
         """When time alone may let a task go: the scheduler asks for a dispatch then."""
         self.configured_strategy = strategy
         self.strategy_name = strategy
         self._strategy: Strategy = find_strategy(strategy)
         store.dispatch = self.dispatch
-        store.listeners.append(self.hear)
+        store.listeners += [presence.hear, self.hear]
 
     # -- from the handlers' threads ---------------------------------------------------------------------------
 
@@ -269,7 +272,8 @@ class Dispatcher:
         Raises UnknownDevice, Superseded, DeviceConflict, and what Store.write raises.
         """
         ask = Ask(device_id, boot_id, limit, seq, ack, ahead)
-        self._store.write(self._open, ask)
+        if not self._reopen(ask):
+            self._store.write(self._open, ask)
         with self._lock:
             is_full = self._held_polls >= self._max_held_polls
             self._held_polls += not is_full
@@ -282,7 +286,9 @@ class Dispatcher:
                     del self._asks[device_id]
         self._told[device_id] = reply.drain
         if is_full and not reply.tasks:
-            reply.next_seconds = BUSY_POLL_SECONDS * random.uniform(0.5, 1.5)
+            others = len(self._presence.online) - self._max_held_polls
+            seconds = min(max(BUSY_POLL_SECONDS[0], others / BUSY_POLLS_A_SECOND), BUSY_POLL_SECONDS[1])
+            reply.next_seconds = seconds * random.uniform(0.5, 1.5)
         return reply
 
     @property
@@ -328,6 +334,24 @@ class Dispatcher:
         ask = self._asks.get(device_id)
         if ask is not None and ask.take():
             ask.answer(Reply(cancel=self._cancels.pop(device_id, []), drain=ask.drain if drain is None else drain))
+
+    def _reopen(self, ask: Ask) -> bool:
+        """Opens a pull without the writer, which has nothing to book: its device holds nothing, nothing waits for
+        anybody, and there is nothing to say. A dispatch that begins later finds it."""
+        device = self._presence.idle_device(ask.device_id, ask.boot_id)
+        if device is None or device.wanted != "active" or self._told.get(ask.device_id, False):
+            return False
+        self._describe(ask, device)
+        with self._lock:
+            may_wait = not self._may_something_go and not self._stopping and ask.device_id not in self._cancels
+            if not may_wait or self._is_overtaken(ask):
+                return False
+            older = self._asks.pop(ask.device_id, None)
+            self._asks[ask.device_id] = ask
+        if older is not None and older.take():
+            older.answer(Reply())
+        self._presence.seen[ask.device_id] = self._store.moments()[0]
+        return True
 
     # -- inside the writer's transaction ----------------------------------------------------------------------
 
@@ -387,10 +411,13 @@ class Dispatcher:
     def dispatch(self, tx: Tx) -> None:
         """Gives waiting tasks to the open pulls until one side runs out; their replies leave with the commit."""
         self.next_look_at = math.inf
+        with self._lock:
+            self._may_something_go = True  # before the open pulls are looked at: one that comes later asks the writer
         held = tx.execute(_HELD_SQL).fetchall()
         self._failing = {name for scope, name in held if scope == "failing"}
         has_closed_keys = ("look_at", None) not in held
         if ("all", "") in held or not (has_closed_keys or ("open", 1) in held):
+            self._may_something_go = False
             return  # so that a thousand idle devices cost nothing while nothing waits
         with self._lock:
             # A device that said goodbye is not seen any more; a pull that it left behind would swallow a task.
@@ -530,8 +557,8 @@ class Dispatcher:
 
     def _give(self, now: Round, lane: Lane, tasks: Iterable[Waiting], fitting: list[Ask]) -> int:
         """Gives tasks to the fitting asks, one after the other; an ask that has no room left leaves the list."""
-        gifts: list[db.Gift] = []
-        chosen: list[tuple[Waiting, Ask]] = []
+        chosen: dict[tuple[str, bool], list[Waiting]] = {}
+        last = None
         for waiting in tasks:
             ask = self._choose(now, waiting, fitting) if fitting else None
             if ask is None:
@@ -541,9 +568,7 @@ class Dispatcher:
                 continue
             now.given.setdefault(ask.device_id, (ask, []))
             is_ahead = ask.free == 0
-            within = db.START_WITHIN_SECONDS if is_ahead else None
-            gifts.append(db.Gift(waiting.task, ask.device_id, ask.seq, ask.seq is None, within))
-            chosen.append((waiting, ask))
+            chosen.setdefault((ask.device_id, is_ahead), []).append(waiting)
             now.ahead[ask.device_id, lane.id] += is_ahead
             ask.use(lane.task_type, is_ahead=is_ahead)
             if ask.free == 0 and not (is_ahead and now.room(ask, lane) > 0):
@@ -551,11 +576,16 @@ class Dispatcher:
             ask.candidate.load += 1
             self._assignments += 1
             ask.candidate.last_assigned_seq = self._assignments
-        for (waiting, ask), gift, assigned in zip(chosen, gifts, db.assign(now.tx, gifts), strict=True):
-            now.given[ask.device_id][1].append(_delivery(waiting, assigned, gift.start_within))
-        if lane.same_device_as and chosen:
-            self._remember(now.tx, lane.same_device_as, chosen[-1][1].device_id)
-        return len(gifts)
+            last = ask
+        for (device_id, is_ahead), waitings in chosen.items():
+            ask, deliveries = now.given[device_id]
+            within = db.START_WITHIN_SECONDS if is_ahead else None
+            gift = db.Gift(device_id, ask.seq, ask.seq is None, within)
+            assigned = db.assign(now.tx, [waiting.task for waiting in waitings], gift)
+            deliveries += [_delivery(waiting, new, within) for waiting, new in zip(waitings, assigned, strict=True)]
+        if lane.same_device_as and last is not None:
+            self._remember(now.tx, lane.same_device_as, last.device_id)
+        return sum(map(len, chosen.values()))
 
     def _take(self, ask: Ask) -> bool:
         """From here on the pull waits for this commit, and hears of it if it fails."""

@@ -2,7 +2,8 @@
 
 The log gets one line a state change (`complete task=7 device=shop-7 attempt=1`); when one commit makes many alike, one
 line for all of them. Streams get the same facts from a ring of the last RING_SIZE events, so that a browser that was
-away for a moment misses nothing. Nothing here is needed after a restart.
+away for a moment misses nothing. Nothing here is needed after a restart; what is kept for longer (history.py) has its
+`history_id` among its facts.
 """
 
 from __future__ import annotations
@@ -14,13 +15,11 @@ from collections import defaultdict, deque
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from transaction import Note
+from transaction import NOTED_ALONE, Note
 
 log = logging.getLogger("af.events")
 
 RING_SIZE = 1000
-LINES_A_COMMIT = 20
-"""More changes of one kind than this in a commit are told in one line and one event."""
 WARNED = {"release", "device_offline", "device_conflict"}
 
 
@@ -41,12 +40,16 @@ class Events:
         self._last_id = 0
         self._closed = False
 
+    @property
+    def open_streams(self) -> int:
+        return self._streams
+
     def hear(self, notes: list[Note]) -> None:
         """Logs and publishes what one commit brought."""
         alike: defaultdict[tuple[str, str], list[Note]] = defaultdict(list)
         for note in notes:
             alike[note.kind, note.verb].append(note)
-        many = {key: group for key, group in alike.items() if len(group) > LINES_A_COMMIT}
+        many = {key: group for key, group in alike.items() if len(group) > NOTED_ALONE}
         told = [note for note in notes if (note.kind, note.verb) not in many] if len(many) < len(alike) else []
         told += [_summary(kind, verb, group) for (kind, verb), group in sorted(many.items())]
         for note in told:
@@ -104,12 +107,13 @@ class Events:
 
 
 def _summary(kind: str, verb: str, alike: list[Note]) -> Note:
-    facts: dict[str, Any] = {"count": len(alike)}
-    for name in ("task", "device", "status"):
+    facts: dict[str, Any] = {"count": sum(note.facts.get("count", 1) for note in alike)}
+    tasks = {note.facts[name] for note in alike for name in ("task", "first_task", "last_task") if name in note.facts}
+    if tasks:
+        facts["first_task"], facts["last_task"] = min(tasks), max(tasks)
+    for name in ("device", "status", "history_id"):
         values = {note.facts[name] for note in alike if name in note.facts}
-        if name == "task" and values:
-            facts["first_task"], facts["last_task"] = min(values), max(values)
-        elif len(values) == 1:
+        if len(values) == 1:
             facts[name] = values.pop()
     return Note(kind, verb, facts)
 
@@ -117,7 +121,8 @@ def _summary(kind: str, verb: str, alike: list[Note]) -> Note:
 def _log(verb: str, facts: dict[str, Any]) -> None:
     level = logging.WARNING if verb in WARNED or facts.get("status") == "failed" else logging.INFO
     if log.isEnabledFor(level):
-        words = (f"{name}={_plain(value)}" for name, value in facts.items() if value is not None)
+        told = ((name, value) for name, value in facts.items() if value is not None and name != "history_id")
+        words = (f"{name}={_plain(value)}" for name, value in told)
         log.log(level, "%s %s", verb, " ".join(words))
 
 

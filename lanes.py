@@ -193,14 +193,15 @@ def _mark_stale(tx: Tx) -> None:
 
 
 def _started(tx: Tx) -> Iterator[tuple[float, Stored]]:
-    """(when, task) of the newest attempts, newest first."""
+    """(when by the clock of now, task) of the newest attempts, newest first."""
+    jumps = limits.clock_jumps(tx)
     rows = tx.execute(
-        f"SELECT attempt.assigned_at, {_STORED} FROM af_task_assignment AS attempt JOIN af_crawl_tasks AS task"
-        f" ON task.id = attempt.task_id {_PAYLOAD} ORDER BY attempt.id DESC LIMIT ?",
+        f"SELECT attempt.id, attempt.assigned_at, {_STORED} FROM af_task_assignment AS attempt"
+        f" JOIN af_crawl_tasks AS task ON task.id = attempt.task_id {_PAYLOAD} ORDER BY attempt.id DESC LIMIT ?",
         (ATTEMPTS_COUNTED,),
     )
-    for at, *row in rows:
-        yield at, Stored(*row)
+    for attempt_id, at, *row in rows:
+        yield at + sum(seconds for last, seconds in jumps if attempt_id <= last), Stored(*row)
 
 
 def reshape(tx: Tx, count: int = CHUNK) -> bool:

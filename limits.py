@@ -37,6 +37,7 @@ REOPENED_LANES, REOPENED_KEYS = 50, 200
 """In one dispatch: so many lanes of one key come back at once, and so many keys are looked at."""
 LONGEST_CLOSING_SECONDS = 31 * DAY_SECONDS
 SMALLEST_JUMP_SECONDS = 0.5
+JUMPS_KEPT = 20
 NO_LIMIT = 1 << 60
 
 
@@ -281,22 +282,29 @@ def next_look(tx: Tx) -> float | None:
 # -- what devices learn --------------------------------------------------------------------------------------------
 
 
-def close_keys(tx: Tx, lane_id: int, seconds: float, reason: str | None, name: str | None = None) -> int:
+def close_keys(
+    tx: Tx, lane_id: int, seconds: float, reason: str | None, name: str | None = None, fields: Sequence[str] = ()
+) -> int:
     """A device was told to stay away: nothing of these keys is sent anywhere for so long. How many were closed.
 
-    Without a limit's name, all keys of the lane but those of limits that count everything together.
+    By a limit's name; or by the fields of a task that were refused, of the limits whose key has all of them (for
+    task_type, those that are about this type alone), so that nothing else is held up. Without both, all keys of the
+    lane but those of limits that count everything together.
     """
     until = tx.now + min(seconds, LONGEST_CLOSING_SECONDS)
     closed = 0
     rows = tx.execute(
-        "SELECT key.id, af_limit.name, value FROM af_lane_key JOIN af_limit_key AS key ON key.id = key_id"
-        " JOIN af_limit ON af_limit.id = limit_id WHERE lane_id = ?",
+        "SELECT key.id, af_limit.name, value, fields, af_limit.task_type = af_lane.task_type"
+        " FROM af_lane_key JOIN af_limit_key AS key ON key.id = key_id JOIN af_limit ON af_limit.id = limit_id"
+        " JOIN af_lane ON af_lane.id = lane_id WHERE lane_id = ?",
         (lane_id,),
     ).fetchall()
-    for key, limit_name, value in rows:
-        if limit_name == name or (name is None and value != "[]"):
+    for key, limit_name, value, key_fields, is_of_one_type in rows:
+        known = {*json.loads(key_fields), *(["task_type"] if is_of_one_type else [])}
+        is_meant = limit_name == name if name is not None else known.issuperset(fields)
+        if is_meant and (name is not None or fields or value != "[]"):
             tx.execute(
-                "UPDATE af_limit_key SET closed_until = ?1, closed_reason = ?2"
+                "UPDATE af_limit_key SET closed_until = ?1, closed_reason = ?2, look_at = MAX(COALESCE(look_at, 0), ?1)"
                 " WHERE id = ?3 AND (closed_until IS NULL OR closed_until < ?1)",
                 (until, reason, key),
             )
@@ -417,9 +425,18 @@ def resume_clock(tx: Tx, boot_id: str, boot_seconds: float) -> None:
             moved = "last_at = last_at + ?1, forget_at = forget_at + ?1"
             tx.execute(f"UPDATE af_limit_start SET {moved} WHERE span = 'window'", (jump,))
             tx.execute("UPDATE af_limit_key SET closed_until = closed_until + ?1, look_at = look_at + ?1", (jump,))
+            last = tx.one("SELECT COALESCE(MAX(id), 0) FROM af_task_assignment")[0]
+            jumps = json.dumps([*clock_jumps(tx), (last, jump)][-JUMPS_KEPT:])
+            tx.execute("INSERT OR REPLACE INTO af_meta (key, value) VALUES ('clock_jumps', ?)", (jumps,))
             tx.note("system", "clock_moved", seconds=round(jump, 1))
     start = json.dumps({"boot_id": boot_id, "boot_seconds": boot_seconds, "now": tx.now})
     tx.execute("INSERT OR REPLACE INTO af_meta (key, value) VALUES ('clock_start', ?)", (start,))
+
+
+def clock_jumps(tx: Tx) -> list[tuple[int, float]]:
+    """(the last attempt before it, seconds) of each jump: by the clock of now, that attempt was so much later."""
+    row = tx.one("SELECT value FROM af_meta WHERE key = 'clock_jumps'")
+    return [(last, seconds) for last, seconds in json.loads(row[0])] if row else []
 
 
 # -- what is over --------------------------------------------------------------------------------------------------

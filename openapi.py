@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, Optional, Union
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
-from values import NAME_PATTERN
+from values import ERROR_MESSAGE_LENGTH, NAME_PATTERN
 
 PREFIX = "/api/distribution"
 
@@ -381,7 +381,8 @@ class HeartbeatOut(Struct):
 class DeviceOut(Struct, kw_only=True):
     """A device as in the list; status is derived from what a person wants and how long it has been silent.
 
-    has_stopped: it is offline because its worker was stopped in good order."""
+    has_stopped: it is offline because its worker was stopped in good order. one_at_a_time: it failed too often in a
+    row."""
 
     device_id: str
     device_name: str
@@ -396,6 +397,7 @@ class DeviceOut(Struct, kw_only=True):
     weight: float
     max_concurrent_tasks: int
     assigned_count: int
+    one_at_a_time: bool
     version: Optional[str]
     protocol: Optional[int]
     last_heartbeat_at: Moment
@@ -414,10 +416,6 @@ class DeviceOut(Struct, kw_only=True):
     failed_count: int
     lost_count: int
     total_duration_seconds: float
-
-
-class DevicesOut(Struct):
-    devices: list[DeviceOut]
 
 
 class DeviceChangedOut(Struct):
@@ -472,38 +470,6 @@ class TasksStatsOut(Struct):
     last_hour: list[MinuteOut]
 
 
-class RatesOut(Struct):
-    completed_last_minute: int
-    failed_last_minute: int
-    completed_last_hour: int
-    failed_last_hour: int
-
-
-class OldestOut(Struct):
-    task_id: int
-    waiting_seconds: float
-    reason: Optional[str]
-    detail: Optional[str]
-
-
-class OverviewOut(Struct, kw_only=True):
-    """The whole system at a glance."""
-
-    version: str
-    uptime_seconds: float
-    mode: str
-    tasks: Counts
-    devices: Counts
-    rates: RatesOut
-    oldest_waiting: Optional[OldestOut]
-    paused: list[PauseOut]
-    strategy: str
-    database_bytes: int
-    writer_queue: int
-    held_polls: int
-    has_worker_file: bool
-
-
 class BatchOut(Struct):
     name: str
     state: Literal["open", "paused", "cancelled"]
@@ -546,6 +512,7 @@ FILTERS = (
     Query("created_after", TIME, "Created then or later"),
     Query("created_before", TIME, "Created then or earlier"),
     Query("parent_id", NUMBER, "Created by this task"),
+    Query("error", {"type": "string", "maxLength": ERROR_MESSAGE_LENGTH}, "Exactly this error_message"),
 )
 PAGE = (
     Query("limit", {"type": "integer", "minimum": 1, "maximum": 200, "default": 50}, "The size of a page"),

@@ -29,6 +29,7 @@ PAGE_SECONDS = 0.05
 COUNT_CAP = 10_000
 ATTEMPTS_SHOWN = 20
 LANES_LOOKED_AT = 100
+FIRST_ROWS = 50  # of an export, so that its first byte comes at once
 RESULTS_AT_ONCE = 16  # results may be large: only a few are in memory together
 DEVICE_STATES = ("online", "busy", "offline", "draining", "disabled", "conflict")
 
@@ -48,8 +49,13 @@ DEVICE_COLUMNS = (
     "tags", "weight", "max_concurrent_tasks", "version", "protocol", "last_heartbeat_at", "cpu_usage", "memory_usage",
     "disk_usage", "active_tasks", "system_info", "problem", "clock_skew_seconds", "last_finished_at", "registered_at",
     "consecutive_failures", "completed_count", "failed_count", "lost_count", "total_duration_seconds", "boot_id",
+    "given_name",
 )  # fmt: skip
 TASK_SQL = ", ".join(TASK_COLUMNS)
+FAILURE_SQL = (
+    "id, (SELECT attempt.error_type FROM af_task_assignment AS attempt"
+    " WHERE attempt.id = af_crawl_tasks.assignment_id), error_message"
+)
 ARTIFACT_COLUMNS = ("artifact_id", "assignment_id", "name", "bytes", "sha256", "created_at")
 ARTIFACT_SQL = f"SELECT {', '.join(ARTIFACT_COLUMNS)} FROM af_artifact"
 BEAT_COLUMNS = ("heartbeat_at", "cpu_usage", "memory_usage", "disk_usage", "active_tasks")
@@ -133,6 +139,16 @@ class Reads:
             else:
                 self._free.put(database)
 
+    @contextmanager
+    def _snapshot(self) -> Iterator[sqlite3.Connection]:
+        """All that is read inside is of one moment: a task that changes its state is not met twice, nor missed."""
+        with self._connection() as connection:
+            connection.execute("BEGIN")
+            try:
+                yield connection
+            finally:
+                connection.execute("COMMIT")
+
     def _all_rows(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """Every row at once, so that the cursor is done before the connection goes back."""
         with self._connection() as connection:
@@ -151,8 +167,8 @@ class Reads:
         self, filters: Mapping[str, Any], *, limit: int = 50, cursor: int | None = None, seconds: float = PAGE_SECONDS
     ) -> dict[str, Any]:
         """{tasks, next_cursor, partial}: newest first, ids below `cursor`; partial means that the time was up."""
-        by_state = self.counts_by_state() if filters.get("status") else {}
-        with self._connection() as connection:
+        by_state = self._most_of(filters)
+        with self._snapshot() as connection:
             search = plan(connection, filters, by_state)
             rows, reached, is_partial = walk_down(
                 connection, search, TASK_SQL, below=cursor, limit=limit, seconds=seconds
@@ -162,11 +178,11 @@ class Reads:
 
     def count(self, filters: Mapping[str, Any], *, cap: int = COUNT_CAP, seconds: float = PAGE_SECONDS) -> Counted:
         """How many tasks match: exact from the kept counters where they answer it, else up to `cap`."""
-        by_state = self.counts_by_state()
         exact = self._kept_count(filters)
         if exact is not None:
             return Counted(exact, False)
-        with self._connection() as connection:
+        by_state = self._most_of(filters)
+        with self._snapshot() as connection:
             search = plan(connection, filters, by_state)
             walked = walk_down(connection, search, "id", below=None, limit=cap + 1, seconds=seconds)
         return Counted(min(len(walked.rows), cap), walked.is_partial or len(walked.rows) > cap)
@@ -177,6 +193,14 @@ class Reads:
         """The next ids that match, oldest first; an empty page with a next_after means that time was up."""
         walked = self._walk_up("id", filters, after_id, limit, seconds)
         return IdPage([row[0] for row in walked.rows], walked.reached)
+
+    def newest_failures(self, batch: str, *, limit: int, seconds: float = PAGE_SECONDS) -> tuple[list[Any], bool]:
+        """(id, error_type, error_message) of a batch's failed tasks, newest first; and whether there may be more."""
+        by_state = self._most_of({"batch": batch, "status": ("failed",)})
+        with self._snapshot() as connection:
+            search = plan(connection, {"batch": batch, "status": ("failed",)}, by_state)
+            walked = walk_down(connection, search, FAILURE_SQL, below=None, limit=limit, seconds=seconds)
+        return walked.rows, walked.reached is not None
 
     def export(
         self, filters: Mapping[str, Any], *, include_result: bool = False, page: int = 500
@@ -189,7 +213,7 @@ class Reads:
         after: int | None = 0
         last_id = self.highest_id()
         while after is not None:
-            walked = self._walk_up(TASK_SQL, filters, after, page, PAGE_SECONDS)
+            walked = self._walk_up(TASK_SQL, filters, after, page if after else min(page, FIRST_ROWS), PAGE_SECONDS)
             tasks = [task_row(row) for row in walked.rows if row[0] <= last_id]
             for first in range(0, len(tasks), RESULTS_AT_ONCE):
                 some = tasks[first : first + RESULTS_AT_ONCE]
@@ -198,8 +222,8 @@ class Reads:
             after = walked.reached if len(tasks) == len(walked.rows) else None
 
     def _walk_up(self, columns: str, filters: Mapping[str, Any], after: int, limit: int, seconds: float) -> Walked:
-        by_state = self.counts_by_state() if filters.get("status") else {}
-        with self._connection() as connection:
+        by_state = self._most_of(filters)
+        with self._snapshot() as connection:
             search = plan(connection, filters, by_state)
             return walk_up(connection, search, columns, above=after, limit=limit, seconds=seconds)
 
@@ -210,6 +234,17 @@ class Reads:
     def highest_id(self) -> int:
         row = self._one("SELECT max(id) FROM af_crawl_tasks")
         return (row[0] if row else 0) or 0
+
+    def _most_of(self, filters: Mapping[str, Any]) -> dict[str, int]:
+        """{state: n}, by the kept counters: no more tasks than these can match. Only for a filter with states."""
+        if not filters.get("status"):
+            return {}
+        found = self.counts_by_state()
+        for scope, name in (("batch", filters.get("batch")), ("type", filters.get("task_type"))):
+            if name is not None:
+                counts = self._counts(scope, [name]).get(name, {})
+                found = {state: min(n, counts.get(state, 0)) for state, n in found.items()}
+        return found
 
     def _kept_count(self, filters: Mapping[str, Any]) -> int | None:
         """The count by the kept counters, for a filter of a batch or a type, and states; else None."""
@@ -433,7 +468,7 @@ class Reads:
         """Every device, by id, with its derived status and how many tasks it holds."""
         held = self.assigned_counts()
         rows = self._all_rows(f"SELECT {_columns(DEVICE_COLUMNS)} FROM af_device ORDER BY device_id")
-        found = (_device_row(row, held.get(row[0], 0), now, device_timeout) for row in rows)
+        found = (device_row(row, held.get(row[0], 0), now, device_timeout) for row in rows)
         return [
             device
             for device in found
@@ -452,7 +487,7 @@ class Reads:
             f" WHERE device_id = ? AND status IN ({ACTIVE_SQL})",
             (device_id,),
         )
-        return _device_row(row, held[0] if held else 0, now, device_timeout)
+        return device_row(row, held[0] if held else 0, now, device_timeout)
 
     def devices_by_status(self, now: float, device_timeout: float) -> dict[str, int]:
         """{status: n}, every status named."""
@@ -474,7 +509,7 @@ class Reads:
         )
 
     def device_stats(self, device_id: str, now: float, device_timeout: float) -> dict[str, Any] | None:
-        """Totals, rates, the last hour by minute, recent failures (of its newest 500 attempts) and heartbeats."""
+        """Totals, rates, the last hour by minute, recent failures and heartbeats."""
         device = self.device(device_id, now, device_timeout)
         if device is None:
             return None
@@ -497,8 +532,8 @@ class Reads:
 
     def _recent_failures(self, device_id: str) -> list[dict[str, Any]]:
         rows = self._all_rows(
-            f"SELECT * FROM (SELECT {_columns(ATTEMPT_COLUMNS)} FROM af_task_assignment WHERE device_id = ?"
-            " ORDER BY id DESC LIMIT 500) WHERE status IN ('failed', 'timeout') ORDER BY id DESC LIMIT 20",
+            f"SELECT {_columns(ATTEMPT_COLUMNS)} FROM af_task_assignment INDEXED BY attempt_failed"
+            " WHERE device_id = ? AND (status = 'failed' OR status = 'timeout') ORDER BY id DESC LIMIT 20",
             (device_id,),
         )
         return [_moments(dict(zip(ATTEMPT_COLUMNS, row))) for row in rows]
@@ -546,7 +581,8 @@ def task_row(row: Sequence[Any]) -> dict[str, Any]:
     return task
 
 
-def _device_row(row: Sequence[Any], assigned_count: int, now: float, device_timeout: float) -> dict[str, Any]:
+def device_row(row: Sequence[Any], assigned_count: int, now: float, device_timeout: float) -> dict[str, Any]:
+    """A row of DEVICE_COLUMNS as JSON has it, with its derived status."""
     device = dict(zip(DEVICE_COLUMNS, row))
     seen_at, conflict = device["last_heartbeat_at"], device.pop("conflict")
     silent = None if seen_at is None else now - seen_at
@@ -555,15 +591,18 @@ def _device_row(row: Sequence[Any], assigned_count: int, now: float, device_time
         device["wanted"], conflict, None if said_goodbye else silent, assigned_count, device["max_concurrent_tasks"],
         device_timeout,
     )  # fmt: skip
+    device["device_name"] = device.pop("given_name") or device["device_name"]
     for name in ("task_types", "tags", "system_info"):
         device[name] = json.loads(device[name]) if device[name] else None
+    one_at_a_time = device["consecutive_failures"] >= FAILURES_TO_PROBATION
     # What the device says of itself comes first: without its spool it takes no task at all.
-    if device["problem"] is None and device["consecutive_failures"] >= FAILURES_TO_PROBATION:
+    if device["problem"] is None and one_at_a_time:
         device["problem"] = "failing"
     return {
         **_moments(device),
         "status": status,
         "has_stopped": said_goodbye,
+        "one_at_a_time": one_at_a_time,
         "assigned_count": assigned_count,
         "seconds_since_heartbeat": None if silent is None else round(max(silent, 0.0), 3),
     }

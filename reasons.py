@@ -170,7 +170,9 @@ def _no_device(task: Row, exclusions: list[_Exclusion | None]) -> tuple[str, str
         if n == 1
         else f"{_devices(n)} could run it, but none of them is online and active",
         "waits_for_device": nearest.because + ", then it goes to any other",
-        "all_busy": f"{_devices(n)} could run it, and all slots are taken; it goes to the first that is free",
+        "all_busy": f"{_devices(n)} could run it, but it {nearest.because}"
+        if n == 1
+        else f"{_devices(n)} could run it, and all slots are taken; it goes to the first that is free",
     }
     return nearest.reason, sentences[nearest.reason]
 

@@ -6,7 +6,7 @@ of limits, past starts) is forgotten by its own file.
 
 from __future__ import annotations
 
-from transaction import Tx
+from transaction import WRITER_ID, Tx
 
 
 def delete_finished(tx: Tx, finished_before: float, limit: int = 500) -> int:
@@ -24,15 +24,16 @@ def delete_finished(tx: Tx, finished_before: float, limit: int = 500) -> int:
     tx.connection.executemany("DELETE FROM af_crawl_tasks WHERE id = ?", ids)
     for _, task_type, batch, status in rows:
         tx.count(task_type, batch, status, -1)
+    _forget_empty_batches(tx, {batch for _, _, batch, _ in rows if batch})
     return len(rows)
 
 
-def forget_empty_batches(tx: Tx, created_before: float) -> None:
-    """Batches of which no task is kept any more go, with their counters."""
-    empty = (
-        "SELECT name FROM af_batch WHERE created_at < ? AND NOT EXISTS (SELECT 1 FROM af_crawl_tasks"
-        " WHERE af_crawl_tasks.batch = af_batch.name AND af_crawl_tasks.batch <> '') LIMIT 100"
-    )
-    names = [row[:1] for row in tx.execute(empty, (created_before,)).fetchall()]
-    tx.connection.executemany("DELETE FROM af_count WHERE scope = 'batch' AND name = ? AND n = 0", names)
-    tx.connection.executemany("DELETE FROM af_batch WHERE name = ?", names)
+def _forget_empty_batches(tx: Tx, names: set[str]) -> None:
+    """Those of which no task is kept any more go, with their counters, which must have been written before."""
+    left = "SELECT 1 FROM af_crawl_tasks WHERE batch = ? AND batch <> '' LIMIT 1"
+    empty = [(name,) for name in names if tx.one(left, (name,)) is None]
+    if empty:
+        tx.flush()
+        counters = "DELETE FROM af_count WHERE writer_id = ? AND scope = 'batch' AND name = ?"
+        tx.connection.executemany(counters, [(WRITER_ID, *name) for name in empty])
+        tx.connection.executemany("DELETE FROM af_batch WHERE name = ?", empty)

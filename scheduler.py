@@ -12,17 +12,19 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import schedule
 
 import db
 import devices
+import history
 import lanes
 import limits
 import retention
 from dispatcher import Dispatcher
 from store import Store
-from transaction import Tx
+from transaction import MINUTE_FIELDS, Tx
 
 log = logging.getLogger("af.scheduler")
 
@@ -51,6 +53,14 @@ class Times:
     device_timeout: float
     retention_days: float
     heartbeat_retention_days: float
+    event_retention_days: float
+
+
+class Deletion(NamedTuple):
+    """The last time that retention deleted something, and how many tasks."""
+
+    at: float
+    tasks: int
 
 
 class Scheduler:
@@ -68,12 +78,15 @@ class Scheduler:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self.last_tick_at = 0.0
+        self.last_deletion: Deletion | None = None
+        self._deletes_on = False
         self._keys_seen = 0
         #             every (s)                      what happens
         self.jobs: tuple[tuple[float, Callable[[Tx], object]], ...] = (
             (times.dispatch_interval, self.dispatch),
             (1.0, self.promote_due),
             (1.0, self.release_overdue),
+            (1.0, self.write_beats),
             (times.timeout_check_interval, self.release_silent),
             (60.0, self.remember_time),
             (300.0, self.thin_heartbeats),
@@ -81,6 +94,7 @@ class Scheduler:
             (600.0, self.roll_up),
             (1.0, self.reshape_lanes),
             (30.0, self.forget_lanes),
+            (60.0, self.forget_events),
         )
         self.chores = tuple(chores)
 
@@ -148,6 +162,10 @@ class Scheduler:
             return 0
         return sum(db.release(tx, attempt, "timeout") is not None for attempt in db.overdue_attempts(tx, CHUNK))
 
+    def write_beats(self, tx: Tx) -> None:
+        """The beats of idle devices, all of this second together."""
+        devices.write_beats(tx, self._presence)
+
     def release_silent(self, tx: Tx) -> int:
         """Takes back the tasks of devices that have been silent for device_timeout."""
         return devices.release_silent(tx, self._presence, self._times.device_timeout)
@@ -177,28 +195,35 @@ class Scheduler:
         newest = (tx.now - THINNED_AFTER_SECONDS) // THINNED_TO_SECONDS * THINNED_TO_SECONDS
         return newest - 4 * THINNED_TO_SECONDS, newest - 0.001
 
-    def delete_finished(self, tx: Tx) -> int:
-        """Retention: a small batch at a time, its pages given back to the disk, emptied batches forgotten."""
-        finished_before = tx.now - self._times.retention_days * 86400.0
-        deleted = retention.delete_finished(tx, finished_before, CHUNK)
-        if deleted:
-            retention.forget_empty_batches(tx, finished_before)
+    def delete_finished(self, tx: Tx) -> bool:
+        """Retention: a small batch at a time, its pages given back to the disk; True while there is more of it."""
+        deleted = retention.delete_finished(tx, tx.now - self._times.retention_days * 86400.0, CHUNK)
         give_pages_back(tx, PAGES_A_RUN)
-        return deleted
+        if deleted:
+            before = self.last_deletion.tasks if self._deletes_on and self.last_deletion else 0
+            self.last_deletion = Deletion(tx.now, before + deleted)
+        self._deletes_on = deleted == CHUNK
+        return self._deletes_on
 
-    def roll_up(self, tx: Tx) -> None:
-        """Minutes older than two days become hours; hours go with the retention of tasks."""
+    def roll_up(self, tx: Tx) -> bool:
+        """A minute older than two days becomes part of its hour (but for batches), and hours go with the retention of
+        tasks; True while there may be more of them. One at a time: each has a row for every device."""
         until = int(tx.now - MINUTES_KEPT_SECONDS) // 3600 * 3600
-        sums = ", ".join(f"SUM({name})" for name in ("completed", "failed", "lost", "snoozed", "duration_seconds"))
-        tx.execute(
-            "INSERT OR REPLACE INTO af_hour (hour_at, scope, name, completed, failed, lost, snoozed, duration_seconds,"
-            f" duration_max_seconds) SELECT minute_at / 3600 * 3600, scope, name, {sums}, MAX(duration_max_seconds)"
-            " FROM af_minute WHERE minute_at < ? GROUP BY minute_at / 3600, scope, name",
-            (until,),
-        )
-        tx.execute("DELETE FROM af_minute WHERE minute_at < ?", (until,))
+        minute: int | None = tx.one("SELECT MIN(minute_at) FROM af_minute WHERE minute_at < ?", (until,))[0]
+        if minute is not None:
+            sums = ", ".join(f"{name} = {name} + excluded.{name}" for name in (*MINUTE_FIELDS, "duration_seconds"))
+            tx.execute(
+                "INSERT INTO af_hour (hour_at, scope, name, completed, failed, lost, snoozed, duration_seconds,"
+                " duration_max_seconds) SELECT minute_at / 3600 * 3600, scope, name, completed, failed, lost, snoozed,"
+                " duration_seconds, duration_max_seconds FROM af_minute WHERE minute_at = ? AND scope <> 'batch'"
+                f" ON CONFLICT (hour_at, scope, name) DO UPDATE SET {sums},"
+                " duration_max_seconds = max(duration_max_seconds, excluded.duration_max_seconds)",
+                (minute,),
+            )
+            tx.execute("DELETE FROM af_minute WHERE minute_at = ?", (minute,))
         kept_since = tx.now - max(self._times.retention_days, 30.0) * 86400.0
         tx.execute("DELETE FROM af_hour WHERE hour_at < ?", (kept_since,))
+        return minute is not None
 
     def reshape_lanes(self, tx: Tx) -> bool:
         """Limits were changed: waiting tasks go to the lanes that hold now."""
@@ -210,6 +235,10 @@ class Scheduler:
         limits.forget_starts(tx, CHUNK * 10)
         self._keys_seen = limits.forget_keys(tx, self._keys_seen, CHUNK * 4)
         lanes.forget_affinities(tx, tx.now - AFFINITY_KEPT_SECONDS, CHUNK)
+
+    def forget_events(self, tx: Tx) -> bool:
+        """What happened long ago; True while there is more of it."""
+        return history.forget(tx, tx.now - self._times.event_retention_days * 86400.0, CHUNK) == CHUNK
 
 
 def give_pages_back(tx: Tx, limit: int) -> None:

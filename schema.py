@@ -22,9 +22,10 @@ from peewee import (
 
 APPLICATION_ID = 0x41464431
 """PRAGMA application_id of our files: "AFD1"."""
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 TASK_STATES = ("scheduled", "pending", "assigned", "running", "completed", "failed", "cancelled")
 ATTEMPT_STATES = ("assigned", "running", "completed", "failed", "snoozed", "timeout", "released", "cancelled")
+EVENT_KINDS = ("device", "task", "batch", "system", "access")
 ACTIVE = "'assigned', 'running'"
 FAILURES_TO_PROBATION = 5
 """A device that fails so many tasks in a row gets one at a time until it succeeds."""
@@ -158,6 +159,7 @@ class Artifact(Table):
 class Device(Table):
     device_id = TextField(primary_key=True)
     device_name = TextField()
+    given_name = TextField(null=True)
     device_type = TextField(null=True)
     ip_address = TextField(null=True)
     wanted = TextField(constraints=[SQL("DEFAULT 'active'"), Check("wanted IN ('active', 'draining', 'disabled')")])
@@ -369,6 +371,20 @@ class Hour(_Rollup):
         primary_key = CompositeKey("hour_at", "scope", "name")
 
 
+class Event(Table):
+    """What happened, for those who ask later: everything but the routine life of a task. `facts` is JSON."""
+
+    id = _autoincrement()
+    at = DoubleField()
+    kind = TextField(constraints=[Check(_one_of("kind", *EVENT_KINDS))])
+    verb = TextField()
+    device_id = TextField(null=True)
+    facts = TextField()
+
+    class Meta:
+        table_name = "af_event"
+
+
 class Meta(Table):
     key = TextField(primary_key=True)
     value = TextField()
@@ -379,24 +395,26 @@ class Meta(Table):
 
 TABLES = (
     CrawlTask, TaskPayload, TaskResult, TaskAssignment, Artifact, Device, DeviceHeartbeat, Lane, Limit, LimitKey,
-    LaneKey, LimitStart, Pause, Affinity, Batch, Count, Minute, Hour, Meta,
+    LaneKey, LimitStart, Pause, Affinity, Batch, Count, Minute, Hour, Event, Meta,
 )  # fmt: skip
 
 INDEXES = f"""
 CREATE INDEX task_queue ON af_crawl_tasks (lane_id, priority DESC, id) WHERE status = 'pending';
 CREATE INDEX task_due ON af_crawl_tasks (next_run_at) WHERE status = 'scheduled';
-CREATE UNIQUE INDEX task_key ON af_crawl_tasks (batch, unique_key) WHERE unique_key IS NOT NULL;
+CREATE UNIQUE INDEX task_key ON af_crawl_tasks (unique_key, batch) WHERE unique_key IS NOT NULL;
 CREATE INDEX task_batch ON af_crawl_tasks (batch, id) WHERE batch <> '';
 CREATE INDEX task_children ON af_crawl_tasks (parent_id, id) WHERE parent_id IS NOT NULL;
 CREATE INDEX task_username ON af_crawl_tasks (username, id) WHERE username IS NOT NULL;
 CREATE INDEX task_app ON af_crawl_tasks (app_id, id) WHERE app_id IS NOT NULL;
 CREATE INDEX task_finished ON af_crawl_tasks (finished_at) WHERE finished_at IS NOT NULL;
-CREATE INDEX task_failed ON af_crawl_tasks (id) WHERE status = 'failed';
+CREATE INDEX task_type ON af_crawl_tasks (task_type, id);
+CREATE INDEX task_state ON af_crawl_tasks (status, id) WHERE status <> 'assigned' AND status <> 'running';
 CREATE INDEX attempt_task ON af_task_assignment (task_id, id);
 CREATE UNIQUE INDEX attempt_active ON af_task_assignment (task_id) WHERE status IN ({ACTIVE});
 CREATE INDEX attempt_holder ON af_task_assignment (device_id, id) WHERE status IN ({ACTIVE});
 CREATE INDEX attempt_deadline ON af_task_assignment (deadline_at) WHERE status IN ({ACTIVE});
-CREATE INDEX attempt_device ON af_task_assignment (device_id, id);
+CREATE INDEX attempt_device ON af_task_assignment (device_id, task_id);
+CREATE INDEX attempt_failed ON af_task_assignment (device_id, id) WHERE status = 'failed' OR status = 'timeout';
 CREATE INDEX artifact_task ON af_artifact (task_id, artifact_id) WHERE dropped = 0;
 CREATE INDEX artifact_dropped ON af_artifact (artifact_id) WHERE dropped = 1;
 CREATE UNIQUE INDEX lane_place ON af_lane (task_type, batch, limit_keys, shape, required_tags, pinned_device_id,
@@ -407,6 +425,10 @@ CREATE INDEX lane_waiting ON af_lane (last_served, id) WHERE waiting > 0;
 CREATE INDEX lane_closed ON af_lane (closed_by, top_priority DESC, last_served) WHERE closed_by IS NOT NULL;
 CREATE INDEX lane_stale ON af_lane (id) WHERE is_stale = 1 AND waiting > 0;
 CREATE INDEX lane_idle ON af_lane (id) WHERE unfinished = 0 AND paused = 0;
+CREATE INDEX lane_paused ON af_lane (id) WHERE paused = 1;
+CREATE INDEX lane_type ON af_lane (task_type, id);
+CREATE INDEX lane_batch ON af_lane (batch);
+CREATE INDEX batch_paused ON af_batch (state) WHERE state = 'paused';
 CREATE UNIQUE INDEX limit_name ON af_limit (name);
 CREATE UNIQUE INDEX limit_key_value ON af_limit_key (limit_id, value);
 CREATE INDEX limit_key_look ON af_limit_key (look_at) WHERE look_at IS NOT NULL;
@@ -416,6 +438,9 @@ CREATE INDEX limit_start_age ON af_limit_start (forget_at);
 CREATE INDEX affinity_age ON af_affinity (served_at);
 CREATE INDEX beat_device ON af_device_heartbeat (device_id, heartbeat_at);
 CREATE INDEX beat_age ON af_device_heartbeat (heartbeat_at);
+CREATE INDEX event_kind ON af_event (kind, id);
+CREATE INDEX event_verb ON af_event (verb, id);
+CREATE INDEX event_device ON af_event (device_id, id) WHERE device_id IS NOT NULL;
 """
 
 UPGRADES = {
@@ -478,6 +503,27 @@ CREATE INDEX lane_key_key ON af_lane_key (key_id);
 CREATE INDEX device_failing ON af_device (device_id) WHERE consecutive_failures >= 5;
 CREATE INDEX limit_start_age ON af_limit_start (forget_at);
 CREATE INDEX affinity_age ON af_affinity (served_at);
+""",
+    4: """
+ALTER TABLE af_device ADD COLUMN given_name TEXT;
+CREATE TABLE "af_event" ("id" INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT, "at" REAL NOT NULL, "kind" TEXT NOT NULL
+  CHECK (kind = 'device' OR kind = 'task' OR kind = 'batch' OR kind = 'system' OR kind = 'access'),
+  "verb" TEXT NOT NULL, "device_id" TEXT, "facts" TEXT NOT NULL);
+CREATE INDEX event_kind ON af_event (kind, id);
+CREATE INDEX event_verb ON af_event (verb, id);
+CREATE INDEX event_device ON af_event (device_id, id) WHERE device_id IS NOT NULL;
+DROP INDEX task_key;
+DROP INDEX task_failed;
+DROP INDEX attempt_device;
+CREATE UNIQUE INDEX task_key ON af_crawl_tasks (unique_key, batch) WHERE unique_key IS NOT NULL;
+CREATE INDEX task_type ON af_crawl_tasks (task_type, id);
+CREATE INDEX task_state ON af_crawl_tasks (status, id) WHERE status <> 'assigned' AND status <> 'running';
+CREATE INDEX attempt_device ON af_task_assignment (device_id, task_id);
+CREATE INDEX attempt_failed ON af_task_assignment (device_id, id) WHERE status = 'failed' OR status = 'timeout';
+CREATE INDEX lane_paused ON af_lane (id) WHERE paused = 1;
+CREATE INDEX lane_type ON af_lane (task_type, id);
+CREATE INDEX lane_batch ON af_lane (batch);
+CREATE INDEX batch_paused ON af_batch (state) WHERE state = 'paused';
 """,
 }
 """What makes a file of the version before into this version: the tables of a new file, reached in steps."""

@@ -55,6 +55,8 @@ NUDGE_SECONDS = 0.4
 IDLE_THREAD_SECONDS = 600
 # Longer than two heartbeats, so that a device's next one finds its connection still open.
 IDLE_CONNECTION_SECONDS = 75
+# Two for each of 10,000 devices. Those that find no place wait without a word, for as long as the others stay.
+CONNECTIONS = 20_000
 SPARE_FILES = 256  # database, logs, static files: descriptors that are no connections
 SPARE_THREADS = 64  # the process's own threads, and a little room
 # Inherited by every connection. A peer that is gone, or stopped reading, is noticed within a minute.
@@ -85,11 +87,11 @@ class Server:
     """One listening socket and the WSGI server behind it: bind() once, then serve() once."""
 
     def __init__(self, *, host: str, port: int, threads: int, backpressure: int | None = None) -> None:
-        """`threads`: held polls + streams + 100. `backpressure`: most connections, idle ones too (3 x threads)."""
+        """`threads`: held polls + streams + 100. `backpressure`: most connections, idle ones too (20,000)."""
         self.host = host
         self.port = port
         self.threads = _affordable_threads(threads)
-        self.backpressure = _affordable_connections(backpressure or 3 * self.threads)
+        self.backpressure = _affordable_connections(backpressure or CONNECTIONS, 3 * self.threads)
         self.url = ""
         self._listener: socket.socket | None = None
         self._address = ("", 0)
@@ -293,8 +295,9 @@ def _affordable_threads(wanted: int) -> int:
     return wanted
 
 
-def _affordable_connections(wanted: int) -> int:
-    """Raise the limit of open files as far as needed and allowed; beyond the number returned, clients queue."""
+def _affordable_connections(wanted: int, enough: int) -> int:
+    """Raise the limit of open files as far as needed and allowed; beyond the number returned, clients queue. Fewer
+    than `enough` deserve a warning."""
     if resource is None:
         return wanted
     needed = wanted + SPARE_FILES
@@ -306,5 +309,6 @@ def _affordable_connections(wanted: int) -> int:
     if soft < 0 or soft >= needed:
         return wanted
     allowed = max(64, soft - SPARE_FILES)
-    log.warning("%d connections instead of %d: ulimit -n allows no more", allowed, wanted)
+    level = logging.WARNING if allowed < enough else logging.INFO
+    log.log(level, "%d connections instead of %d: ulimit -n allows no more", allowed, wanted)
     return allowed

@@ -304,6 +304,10 @@ class Settings:
     heartbeat_retention_days: int = _key(
         7, "How long heartbeats are kept.", "days", modes=_ON_MASTER, minimum=1, maximum=3650
     )
+    event_retention_days: int = _key(
+        30, "How long it is kept what happened: devices, batches, limits, logins.", "days",
+        modes=_ON_MASTER, minimum=1, maximum=3650,
+    )  # fmt: skip
     retry_backoff_seconds: float = _key(
         15, "The wait before the first retry; it doubles from there.", "seconds",
         modes=_ON_MASTER, minimum=0, maximum=86400,
@@ -392,8 +396,9 @@ class Settings:
         "https://hq1.appsflyer.com", "Where AppsFlyer's APIs are.", modes=_ON_DEVICE, check=_check_appsflyer_url
     )
     reconnect_seconds: float = _key(
-        30, "Over which time devices come back after an outage.", "seconds", minimum=0, maximum=3600
-    )
+        30, "Over which time devices come back after an outage. A master of over 9,000 devices asks them for more;"
+        " one whose own value is below 30 keeps to that.", "seconds", minimum=0, maximum=3600,
+    )  # fmt: skip
 
     log_file: str = _key("logs/distribution.log", "Where the log goes.", is_path=True, check=_check_not_empty)
     log_level: str = _key("INFO", "The least level that is logged.", choices=LOG_LEVELS)

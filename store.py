@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import random
 import secrets
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from peewee import SqliteDatabase
 
@@ -45,6 +47,10 @@ PRAGMAS = (
     ("wal_autocheckpoint", 2000),
 )
 SMALLEST_FILE_BYTES = 512
+OLDEST_SQLITE = (3, 33)
+"""The first with UPDATE … FROM, which changes many rows with a value for each."""
+START_CHECK_SECONDS = 5.0
+"""A start looks for damage so long, which is enough for about 2 GB; it must not take minutes because there is more."""
 
 
 class DatabaseRefused(Exception):
@@ -90,7 +96,7 @@ def create_database(path: Path) -> bool:
     Raises DatabaseRefused for a file that is there and is not ours.
     """
     if path.exists():
-        check_database(path)
+        check_database(path, seconds=START_CHECK_SECONDS)
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
     # Made beside its name and renamed, so that a crash half-way never leaves a file that looks like ours.
@@ -124,38 +130,65 @@ def upgrade_database(path: Path) -> None:
     log.info("database %s upgraded from schema %d to %d; as it was: %s", path, version, schema.SCHEMA_VERSION, kept)
 
 
-def check_database(path: Path) -> None:
-    """Raises DatabaseRefused (empty, foreign, corrupt) or DatabaseNewer; reads only, about 1 s per GB."""
+def check_database(path: Path, *, seconds: float = math.inf) -> None:
+    """Raises DatabaseRefused (empty, foreign, corrupt) or DatabaseNewer; reads only, up to 3 s per GB. What could not
+    be looked at within `seconds` is taken for sound."""
     size = path.stat().st_size if path.is_file() else -1
     if size < SMALLEST_FILE_BYTES:
         what = "is not a file" if size < 0 else f"is empty or cut off ({size} bytes)"
         raise DatabaseRefused(f"{path} {what}; restore a backup, or move it away and start again to make a new one")
-    try:
-        with contextlib.closing(sqlite3.connect(f"file:{_quoted(path)}?mode=ro", uri=True)) as connection:
-            application_id = connection.execute("PRAGMA application_id").fetchone()[0]
-            version = connection.execute("PRAGMA user_version").fetchone()[0]
-            if application_id != schema.APPLICATION_ID:
-                raise DatabaseRefused(f"{path} is a database of another program; name another file for ours")
-            if version > schema.SCHEMA_VERSION:
-                raise DatabaseNewer(
-                    f"{path} was written by a newer version (schema {version}, this one knows {schema.SCHEMA_VERSION});"
-                    " start that version, or restore an older backup"
-                )
-            verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-            marker = connection.execute("SELECT value FROM af_meta WHERE key = 'instance_id'").fetchone()
-    except sqlite3.DatabaseError as error:
-        raise DatabaseRefused(f"{path} is not a readable database ({error}); restore a backup") from None
+    with _reading(path) as connection:
+        application_id = connection.execute("PRAGMA application_id").fetchone()[0]
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if application_id != schema.APPLICATION_ID:
+            raise DatabaseRefused(f"{path} is a database of another program; name another file for ours")
+        if version > schema.SCHEMA_VERSION:
+            raise DatabaseNewer(
+                f"{path} was written by a newer version (schema {version}, this one knows {schema.SCHEMA_VERSION});"
+                " start that version, or restore an older backup"
+            )
+        verdict = _quick_check(connection, path, seconds)
+        marker = connection.execute("SELECT value FROM af_meta WHERE key = 'instance_id'").fetchone()
     if verdict != "ok" or marker is None:
         found = " ".join(verdict.replace("*** in database main ***", "").split())  # SQLite's verdict has line ends
         raise DatabaseRefused(f"{path} is damaged ({found}); restore a backup")
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[sqlite3.Connection]:
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{_quoted(path)}?mode=ro", uri=True)) as connection:
+            yield connection
+    except sqlite3.DatabaseError as error:
+        raise DatabaseRefused(f"{path} is not a readable database ({error}); restore a backup") from None
+
+
+def _quick_check(connection: sqlite3.Connection, path: Path, seconds: float) -> str:
+    """SQLite's verdict; "ok" also when it had found nothing when the time was up."""
+    if seconds == 0:
+        return "ok"
+    if seconds == math.inf:
+        return str(connection.execute("PRAGMA quick_check(1)").fetchone()[0])
+    timer = threading.Timer(seconds, connection.interrupt)
+    timer.start()
+    try:
+        return str(connection.execute("PRAGMA quick_check(1)").fetchone()[0])
+    except sqlite3.OperationalError as error:
+        if str(error) != "interrupted":
+            raise
+        log.info("%s was checked for %g s, which was not enough for all of it; a backup checks its copy", path, seconds)
+        return "ok"
+    finally:
+        timer.cancel()
+        timer.join()  # or it would interrupt what comes next
 
 
 def last_moment(path: Path) -> float:
     """The last moment this database has seen (epoch seconds; 0 for a new one); the clock starts after it."""
     if not path.exists():
         return 0.0
-    check_database(path)
-    with contextlib.closing(sqlite3.connect(f"file:{_quoted(path)}?mode=ro", uri=True)) as connection:
+    check_database(path, seconds=0.0)
+    with _reading(path) as connection:
         row = connection.execute("SELECT value FROM af_meta WHERE key = 'last_now'").fetchone()
     return float(row[0]) if row else 0.0
 
@@ -187,6 +220,14 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+class _Rehearsed(Exception):
+    """Undoes the job that raises it, and brings out what its verb returned."""
+
+    def __init__(self, returned: Any) -> None:
+        super().__init__()
+        self.returned = returned
+
+
 class Store:
     """The open database: `write` runs a verb durably. Its owner calls `open`, later `close`, and holds the lock."""
 
@@ -200,12 +241,19 @@ class Store:
         self.listeners: list[Callable[[list[Note]], None]] = []
         self.dispatch: Callable[[Tx], None] | None = None
         """Runs at the end of every group of writes that asks for it, in the same commit."""
+        self.keep: Callable[[Tx], None] | None = None
+        """Runs at the end of every job that noted something, in the same savepoint."""
         self._dispatch_wanted = False
         self._rng = random.Random()
         self.writer.before_commit = self._dispatch_if_wanted
 
     def open(self) -> None:
         """Creates, checks or upgrades the file and starts the writer. Raises DatabaseRefused and its kin."""
+        if sqlite3.sqlite_version_info < OLDEST_SQLITE:
+            oldest = ".".join(map(str, OLDEST_SQLITE))
+            raise DatabaseRefused(
+                f"this Python has SQLite {sqlite3.sqlite_version}; {oldest} or newer is needed: use a newer Python"
+            )
         if not create_database(self.path):
             upgrade_database(self.path)
         self.writer.start()
@@ -231,6 +279,26 @@ class Store:
 
         return self.writer.call(job)
 
+    def rehearse(
+        self,
+        verb: Callable[Concatenate[Tx, Parameters], Returned],
+        *args: Parameters.args,
+        **kwargs: Parameters.kwargs,
+    ) -> Returned:
+        """What verb(tx, …) would return at this moment; nothing of it is kept. Raises what `write` raises."""
+        now, wall = self.moments()
+
+        def job() -> None:
+            connection = self.writer.connection
+            assert connection is not None, "the store is not open"
+            raise _Rehearsed(verb(Tx(connection, now, wall, self.policy, self._rng), *args, **kwargs))
+
+        try:
+            self.writer.call(job)
+        except _Rehearsed as rehearsed:
+            returned: Returned = rehearsed.returned
+        return returned
+
     def want_dispatch(self) -> None:
         """From inside a job: something changed that may let a waiting task go."""
         self._dispatch_wanted = True
@@ -240,6 +308,8 @@ class Store:
         assert connection is not None, "the store is not open"
         tx = Tx(connection, now, wall, self.policy, self._rng)
         result = run(tx)
+        if tx.notes and self.keep is not None:
+            self.keep(tx)
         tx.flush()
         self._dispatch_wanted = self._dispatch_wanted or tx.wants_dispatch
         if tx.notes:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import random
 import sqlite3
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 WRITER_ID = 1
 """Each writer keeps counters of its own, summed on read; today there is one."""
+NOTED_ALONE = 20
+"""More tasks than this that change alike are told in one note, one line of the log and one event."""
 MINUTE_FIELDS = ("completed", "failed", "lost", "snoozed")
 #            what one task adds to: waiting, active, unfinished
 LANE_PARTS = {
@@ -92,6 +94,14 @@ class Tx:
     def note(self, kind: str, verb: str, **facts: Any) -> None:
         self.notes.append(Note(kind, verb, facts))
 
+    def note_tasks(self, verb: str, attempts: Mapping[int, int], **facts: Any) -> None:
+        """A note for each of these tasks (with the number of its attempt); one for all where they are many."""
+        if len(attempts) > NOTED_ALONE:
+            self.note("task", verb, count=len(attempts), first_task=min(attempts), last_task=max(attempts), **facts)
+            return
+        for task_id, attempt in attempts.items():
+            self.note("task", verb, task=task_id, attempt=attempt, **facts)
+
     def count(self, task_type: str, batch: str, state: str, change: int) -> None:
         """Moves the kept counters of af_count: all, this type, this batch."""
         self._counts["all", "", state] += change
@@ -129,6 +139,9 @@ class Tx:
             [(WRITER_ID, *key, change) for key, change in self._counts.items() if change],
         )
         self.flush_lanes()
+        for (scope, name, state), change in self._counts.items():
+            if scope == "batch" and change > 0 and state in MINUTE_FIELDS:
+                self._minutes[scope, name][MINUTE_FIELDS.index(state)] += change  # its tasks that ended, by result
         minute = int(self.now) // 60 * 60
         self._write(
             "INSERT INTO af_minute (minute_at, scope, name, completed, failed, lost, snoozed, duration_seconds,"

@@ -7,8 +7,11 @@ sentence. This file knows no route and no table.
 
 from __future__ import annotations
 
+import functools
+import gzip
 import logging
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +22,7 @@ import wire
 from access import SECURITY_HEADERS, Access, Refused, read_body
 from artifacts import Busy, ChecksumWrong, NoRoom
 from devices import DeviceConflict, Superseded, UnknownDevice
+from latency import Latency
 from openapi import Operation
 from reads import ReadsBusy
 from strategies import StrategyError
@@ -28,6 +32,7 @@ from writer import StorageFailing, WriterBusy, WriterStopped
 log = logging.getLogger("af.web")
 
 STATIC = Path(__file__).resolve().parent / "static"
+COMPRESSED = (".js", ".css", ".html", ".svg")
 WRITING = ("POST", "PUT", "DELETE", "PATCH")
 
 #                error           status  code               seconds to wait
@@ -81,14 +86,17 @@ def invalid(status: int, code: str, detail: str, field: str | None = None, retry
     return error
 
 
-def make_app(routes: Iterable[tuple[str, Iterable[Route]]], access: Access, max_body_bytes: int) -> bottle.Bottle:
-    """The WSGI application for (prefix, routes) pairs. Bodies over `max_body_bytes` are refused unread."""
+def make_app(
+    routes: Iterable[tuple[str, Iterable[Route]]], access: Access, max_body_bytes: int, latency: Latency
+) -> bottle.Bottle:
+    """The WSGI application for (prefix, routes) pairs. Bodies over `max_body_bytes` are refused unread; `latency` is
+    told how long each reply took, but of those routes that wait for something to happen."""
     app = bottle.Bottle(autojson=False)
     for prefix, some in routes:
         for route in some:
             path = re.sub(r"\{(name|file)\}", r"<\1:path>", prefix + route.operation.path)
             path = re.sub(r"\{(\w+)\}", r"<\1>", path)
-            app.route(path, route.operation.method, _Endpoint(route, access, max_body_bytes))
+            app.route(path, route.operation.method, _Endpoint(route, access, max_body_bytes, latency))
     app.default_error_handler = _refused_by_bottle
     return app
 
@@ -96,13 +104,15 @@ def make_app(routes: Iterable[tuple[str, Iterable[Route]]], access: Access, max_
 class _Endpoint:
     """A callable object and no closure: bottle loops for ever when it shows the source of one."""
 
-    def __init__(self, route: Route, access: Access, max_body_bytes: int) -> None:
+    def __init__(self, route: Route, access: Access, max_body_bytes: int, latency: Latency) -> None:
         self._route = route
+        self._latency = None if any(query.name == "wait" for query in route.operation.query) else latency
         self._access = access
         self._max_body_bytes = max_body_bytes
 
     def __call__(self, **names: str) -> bottle.HTTPResponse:
         environ = bottle.request.environ
+        started = time.perf_counter()
         try:
             response = _response(self._handle(environ, names))
         except Exception as error:
@@ -113,6 +123,8 @@ class _Endpoint:
         if _has_unread_body(environ):
             # The server closes a connection with an unread body; a client that is not told sends its next call into it.
             response.set_header("Connection", "close")
+        if self._latency is not None:
+            self._latency.add(time.perf_counter() - started)
         return response
 
     def _handle(self, environ: dict[str, Any], names: dict[str, str]) -> Any:
@@ -203,7 +215,20 @@ def static_file(name: str) -> bottle.HTTPResponse:
         raise Invalid(404, "not_found", "There is no such file.")
     response: bottle.HTTPResponse = bottle.static_file(path.relative_to(STATIC).as_posix(), root=str(STATIC))
     response.set_header("Cache-Control", "no-cache")
+    response.set_header("Vary", "Accept-Encoding")
+    takes_gzip = "gzip" in bottle.request.get_header("Accept-Encoding", "")
+    if takes_gzip and response.status_code == 200 and bottle.request.method == "GET" and path.suffix in COMPRESSED:
+        if response.body:
+            response.body.close()
+        response.body = _gzipped(path, path.stat().st_mtime_ns)
+        response.set_header("Content-Length", str(len(response.body)))
+        response.set_header("Content-Encoding", "gzip")
     return response
+
+
+@functools.lru_cache(maxsize=64)
+def _gzipped(path: Path, modified_ns: int) -> bytes:
+    return gzip.compress(path.read_bytes(), mtime=0)
 
 
 def stream(lines: Iterator[bytes], kind: str, *headers: tuple[str, str]) -> Answer:

@@ -52,6 +52,7 @@ from values import (
     Count,
     Day,
     Delay,
+    ErrorMessage,
     FreeText,
     Id,
     Invalid,
@@ -202,6 +203,15 @@ class TasksIn(StrictBody):
         check_each(self.tasks, where + "tasks", screen)
 
 
+RawTaskList = Annotated[list[Raw], at_most(MAX_TASKS, "tasks")]
+
+
+class TasksRawIn(StrictBody):
+    """The same with its entries unread."""
+
+    tasks: RawTaskList
+
+
 class Submission(NamedTuple):
     """What POST /tasks was sent: the tasks, and whether it was one object (then the reply is one object too)."""
 
@@ -224,6 +234,7 @@ class FilterIn(StrictBody, kw_only=True):
     created_after: Optional[Moment] = None
     created_before: Optional[Moment] = None
     parent_id: Optional[Id] = None
+    error: Optional[ErrorMessage] = None
 
     def check(self, where: str, screen: Screen) -> None:
         super().check(where, screen)
@@ -453,6 +464,7 @@ class ReportIn(DeviceBody, kw_only=True):
     limit_closed_seconds: Optional[float] = None
     limit_closed_until: Optional[FreeText] = None
     limit_name: Optional[FreeText] = None
+    limit_key: Optional[Annotated[list[FreeText], at_most(8, "fields")]] = None
     new_tasks: Optional[TaskList] = None
     artifacts: Optional[Annotated[list[ArtifactIn], at_most(100, "files")]] = None
 
@@ -465,8 +477,10 @@ class ReportIn(DeviceBody, kw_only=True):
         """For how long the task's limit keys are to be closed; None where nothing says so, or it is over."""
         if self.limit_closed_seconds is not None:
             return self.limit_closed_seconds if self.limit_closed_seconds > 0 else None
+        if self.limit_closed_until is None:
+            return None
         try:
-            until = parse_time(self.limit_closed_until or "", "limit_closed_until")
+            until = parse_time(self.limit_closed_until, "limit_closed_until")
         except Invalid:  # what a device learned must not cost its report
             return None
         return until - wall if until > wall else None
@@ -549,6 +563,14 @@ class StatusIn(DeviceBody, kw_only=True):
             raise invalid(where + "lease_id", "is needed unless status is cancelled; it came with the pulled task")
 
 
+class DeviceNameIn(StrictBody):
+    """A person's name for a device; null gives it the name back that its worker sends."""
+
+    LINES: ClassVar[tuple[str, ...]] = ("device_name",)
+
+    device_name: Optional[Line128]
+
+
 class DeviceStatusIn(StrictBody, kw_only=True):
     """What a person wants a device to do."""
 
@@ -579,6 +601,25 @@ def decode_submit(raw: bytes) -> Submission:
     if b'"tasks"' in raw[:4096] and "tasks" in decode_json(raw, cast("type[dict[str, Raw]]", dict[str, Raw]), ""):
         return Submission(decode(raw, TasksIn).tasks, single=False)
     return Submission([decode(raw, TaskIn)], single=True)
+
+
+def decode_each_task(raw: bytes) -> list[TaskIn | Invalid]:
+    """The same body, each task by itself: where one is invalid, what is wrong with it stands in its place."""
+    screen_bytes(raw)
+    if raw.lstrip(b" \t\r\n")[:1] == b"[":
+        entries = decode_json(raw, RawTaskList, "")
+    elif b'"tasks"' in raw[:4096] and "tasks" in decode_json(raw, cast("type[dict[str, Raw]]", dict[str, Raw]), ""):
+        entries = decode(raw, TasksRawIn).tasks
+    else:
+        entries = [Raw(raw)]
+    return [_task_or_problem(bytes(entry)) for entry in entries]
+
+
+def _task_or_problem(raw: bytes) -> TaskIn | Invalid:
+    try:
+        return decode(raw, TaskIn)
+    except Invalid as problem:
+        return problem
 
 
 def decode_reports(raw: bytes) -> Reports:
@@ -632,6 +673,18 @@ class Query:
         if len(value) > maximum or CONTROL.search(value):
             raise invalid(name, f"must be text of at most {maximum} characters, without control characters")
         return value
+
+    def message(self, name: str) -> str | None:
+        """Text as a device wrote it, of several lines maybe; an empty value counts as not given."""
+        self._read.add(name)
+        value = self._given.get(name, "")
+        if len(value) > ERROR_MESSAGE_LENGTH:
+            raise invalid(name, f"must be text of at most {ERROR_MESSAGE_LENGTH} characters")
+        return value or None
+
+    def hours(self) -> int:
+        """How far back a chart goes: 1 or 24."""
+        return int(self.choice("hours", ("1", "24")) or 1)
 
     def name(self, name: str, default: str | None = None, *, required: bool = False) -> str | None:
         """A name as for task types, devices and tags."""
@@ -708,6 +761,7 @@ class Query:
             "created_after": self.moment("created_after"),
             "created_before": self.moment("created_before"),
             "parent_id": self.integer("parent_id", None, minimum=1),
+            "error": self.message("error"),
         }
         return {name: value for name, value in found.items() if value is not None}
 
@@ -783,8 +837,8 @@ encode = msgspec.json.Encoder().encode  # NaN and Infinity become null, so a rep
 
 # Made now, by one thread: msgspec 0.22 crashes the process when two threads are the first to use a Struct at once.
 for _first in (
-    TaskIn, TaskList, TasksIn, FilterIn, ActionIn, AssignIn, ReasonIn, StrategyIn, LimitIn, LimitsIn,
-    OpenLimitIn, LoginIn, Holding, RegisterIn,
-    HeartbeatIn, ArtifactIn, ReportIn, ReportsIn, ReportsRawIn, AssignmentOnly, StatusIn, DeviceStatusIn,
+    TaskIn, TaskList, TasksIn, RawTaskList, TasksRawIn, FilterIn, ActionIn, AssignIn, ReasonIn, StrategyIn, LimitIn,
+    LimitsIn, OpenLimitIn, LoginIn, Holding, RegisterIn,
+    HeartbeatIn, ArtifactIn, ReportIn, ReportsIn, ReportsRawIn, AssignmentOnly, StatusIn, DeviceNameIn, DeviceStatusIn,
 ):  # fmt: skip
     decoder_for(cast("Any", _first))

@@ -88,6 +88,8 @@ START_REPORT_SECONDS = 0.2
 KILL_SECONDS = CANCEL_GRACE_SECONDS + 2
 SECOND_SIGNAL_SECONDS = 0.5
 BUSY_TICK_SECONDS, IDLE_TICK_SECONDS = 0.2, 1.0
+GIVE_WAY_SECONDS = 0.0002
+"""For the slots to begin what was delivered; else the next request has the interpreter first."""
 
 
 class Bell:
@@ -458,8 +460,9 @@ class Worker:
         mine = self.settings
         self.heartbeat_seconds = number(said.get("heartbeat_interval_seconds"), mine.heartbeat_interval, 0.05, 3600)
         self.drain_seconds = number(said.get("drain_seconds"), mine.drain_seconds, 0, mine.drain_seconds)
-        spread = number(said.get("reconnect_spread_seconds"), mine.reconnect_seconds, 0, mine.reconnect_seconds)
-        self.link.spread_seconds = spread
+        # A large fleet needs longer than 30 s; who writes a shorter time into a device's config keeps it.
+        longest = mine.reconnect_seconds if mine.reconnect_seconds < Settings.reconnect_seconds else 3600.0
+        self.link.spread_seconds = number(said.get("reconnect_spread_seconds"), mine.reconnect_seconds, 0, longest)
         self.files.largest_bytes = int(number(said.get("max_artifact_bytes"), self.files.largest_bytes, 1, 2**50))
         self.reporter.max_body_bytes = int(number(said.get("max_body_bytes"), 8388608, 4096, 2**30))
         self.is_monitored = mine.enable_monitoring and said.get("enable_monitoring") is not False
@@ -476,6 +479,7 @@ class Worker:
     def _take(self, added: list[Held]) -> None:
         for _ in added:
             self.work.put(None)
+        time.sleep(GIVE_WAY_SECONDS)
         self.bell.ring()
 
     # -- slots --
@@ -516,7 +520,7 @@ class Worker:
                 is_cancelled=held.is_cancelled,
                 report_progress=held.note_progress,
                 settings=self.settings_by_name,
-                artifact_folder=self.files.folder_of(held.assignment_id),
+                artifact_folder=self.files.path_of(held.assignment_id),
             )
         outcome = self.files.seal(held.assignment_id, outcome)
         self.unreported.add(held)

@@ -17,12 +17,15 @@ import logging
 import queue
 import sqlite3
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, TypeVar
 
 from peewee import SqliteDatabase
+
+from latency import Latency
 
 log = logging.getLogger("af.writer")
 Returned = TypeVar("Returned")
@@ -68,6 +71,8 @@ class Writer:
         self.connection: sqlite3.Connection | None = None
         self.before_commit: Callable[[], None] | None = None
         """Runs in a savepoint of its own at the end of every group: dispatch lives here."""
+        self.commits = Latency()
+        self.committed_jobs = 0
 
     @property
     def queue_length(self) -> int:
@@ -158,7 +163,10 @@ class Writer:
                 self._run_in_savepoint(hook)
                 if hook.future.done():
                     log.error("what runs before each commit failed", exc_info=hook.future.exception())
+            started = time.perf_counter()
             self.connection.execute("COMMIT")
+            self.commits.add(time.perf_counter() - started)
+            self.committed_jobs += len(group)
         except sqlite3.Error as error:
             self._undo_group([*group, hook] if hook else group, error)
             return

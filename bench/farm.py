@@ -72,6 +72,21 @@ class Program:
         except OSError:
             return 0
 
+    def peak_bytes(self) -> int:
+        """The most memory that was ever in use; 0 where there is no /proc."""
+        try:
+            status = Path(f"/proc/{self.process.pid}/status").read_text()
+        except OSError:
+            return 0
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+    def open_files(self) -> int:
+        """Descriptors in use now, connections among them; 0 where there is no /proc."""
+        try:
+            return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+        except OSError:
+            return 0
+
     def kill(self) -> None:
         """As a power cut does, without a word."""
         self.process.kill()

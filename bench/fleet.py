@@ -2,7 +2,7 @@
 
     idle       1,000 devices with an open pull and a beat every 30 s, and nothing to do: the master's CPU and memory
     working    5,000 devices share short tasks; some hand a task back, some vanish and start again
-    stampede   10,000 devices lose their master (kill -9) and come back; a fleet that knows its spread, as workers do
+    stampede   10,000 devices with tasks lose their master (kill -9) and come back; a fleet that knows its spread
 
 All devices live in this one program; the master is the shipped one. A device keeps the contract of worker.py: seq and
 ack, holding[] in every beat, a new boot_id after it vanished, jitter on every wait, a report again until it is judged.
@@ -39,6 +39,11 @@ CALL_SECONDS = 60.0
 PULL_WAIT_SECONDS = 20.0
 LONGEST_BACKOFF_SECONDS = 60.0
 FILES_BESIDE_CONNECTIONS = 500
+FIRST_BEAT_SECONDS = 5.0
+SCENE_SECONDS = 420.0
+"""No scene takes longer, whatever happens."""
+STARTS_A_SECOND = 300
+"""Devices that are switched on; as many as come back in a second after an outage."""
 
 
 class Lost(Exception):
@@ -84,14 +89,27 @@ class Connection:
 class Fleet:
     """What all devices share: where the master is, what they did, and when to stop."""
 
-    def __init__(self, url: str, *, slowest_seconds: float = 0.0, faults: float = 0.0) -> None:
+    def __init__(self, url: str, count: int, *, slowest_seconds: float = 0.0, faults: float = 0.0) -> None:
         self.url = url
+        self.count = count
+        self.keeps_beats_open = 2 * count + FILES_BESIDE_CONNECTIONS <= resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        """As a worker does; else its second connection is opened for each beat"""
         self.slowest_seconds = slowest_seconds
         self.faults = faults
         self.counts: Counter[str] = Counter()
         self.registered: set[str] = set()
         self.reached: set[str] = set()
+        self.beating: set[str] = set()
+        self.seconds: dict[str, list[float]] = {"heartbeat": [], "report": []}
+        """How long calls took until they were answered, after the last `forget`"""
         self.stopping = asyncio.Event()
+
+    def forget(self) -> None:
+        """What happened so far does not count."""
+        self.reached.clear()
+        self.counts.clear()
+        for seconds in self.seconds.values():
+            seconds.clear()
 
     async def pause(self, seconds: float) -> None:
         """Sleep, but no longer than the fleet lives."""
@@ -106,6 +124,7 @@ class Device:
         self.name, self._fleet = name, fleet
         self._pulls, self._beats = Connection(fleet.url), Connection(fleet.url)
         self._spread_seconds, self._beat_seconds = 1.0, 30.0
+        self._next_beat_seconds = FIRST_BEAT_SECONDS
         self._is_registered = asyncio.Event()
         self._start_again()
 
@@ -139,8 +158,12 @@ class Device:
 
     async def _say(self, connection: Connection, method: str, path: str, body: Any = None) -> dict[str, Any] | None:
         """The document of a 200; None where the call must be made again later, after the wait that was asked for."""
+        started = time.monotonic()
         status, document = await connection.call(method, path, body)
         if status == 200:
+            kind = path.rpartition("/")[2]
+            if kind in self._fleet.seconds:
+                self._fleet.seconds[kind].append(time.monotonic() - started)
             self._fleet.reached.add(self.name)
             return document
         self._fleet.counts[f"answers {status} {document.get('code', '')}"] += 1
@@ -177,13 +200,17 @@ class Device:
             self._held.pop(assignment_id, None)
 
     async def _beat(self) -> None:
-        await self._fleet.pause(self._beat_seconds * random.uniform(0.9, 1))
+        await self._fleet.pause(self._next_beat_seconds * random.uniform(0.9, 1))
+        self._next_beat_seconds = self._beat_seconds
         if self._is_registered.is_set() and not self._fleet.stopping.is_set():
             self._beat_seq += 1
             body = {"boot_id": self._boot_id, "seq": self._beat_seq, "holding": self._holding(), "active_tasks": 0}
             reply = await self._say(self._beats, "POST", f"/devices/{self.name}/heartbeat", body)
-            self._drop(reply["cancel"] if reply else [])
-            self._beats.close()  # this program may open 20,000 files at most on many machines
+            if reply:
+                self._drop(reply["cancel"])
+                self._fleet.beating.add(self.name)
+            if not self._fleet.keeps_beats_open:
+                self._beats.close()
 
     async def _work(self) -> None:
         """One step: register, or ask for a task and do it."""
@@ -242,14 +269,16 @@ class Device:
 
 
 @contextlib.asynccontextmanager
-async def living(fleet: Fleet, count: int) -> AsyncIterator[None]:
-    """`count` devices, started within ten seconds, until the block ends."""
+async def living(fleet: Fleet) -> AsyncIterator[None]:
+    """All devices, started one after the other, until the block ends; they are registered then."""
     tasks = []
-    for n in range(count):
-        tasks.append(asyncio.create_task(Device(f"device-{n}", fleet).live()))
-        if n % 100 == 99:
-            await asyncio.sleep(10 * 100 / count if count > 100 else 0)
+    started = time.monotonic()
     try:
+        for n in range(fleet.count):
+            tasks.append(asyncio.create_task(Device(f"device-{n}", fleet).live()))
+            if n % 30 == 29:
+                await asyncio.sleep(max(0.0, started + n / STARTS_A_SECOND - time.monotonic()))
+        await until("all devices", 180, lambda: len(fleet.registered) == fleet.count)
         yield
     finally:
         fleet.stopping.set()
@@ -259,61 +288,73 @@ async def living(fleet: Fleet, count: int) -> AsyncIterator[None]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def until(what: str, seconds: float, is_done: Callable[[], bool]) -> float:
+async def until(what: str, seconds: float, is_done: Callable[[], bool], pause_seconds: float = 0.1) -> float:
     """Seconds until it is done; ends the bench when that takes too long."""
     started = time.monotonic()
     while not is_done():
         if time.monotonic() - started > seconds:
             raise SystemExit(f"waited {seconds:.0f} s in vain for {what}")
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(pause_seconds)
     return time.monotonic() - started
 
 
 async def idle(farm: Farm, count: int, seconds: float) -> None:
-    fleet = Fleet(farm.url)
-    async with living(fleet, count):
-        await until("all devices", 120, lambda: len(fleet.registered) == count)
-        await asyncio.sleep(10)  # the pulls are open
+    fleet = Fleet(farm.url, count)
+    async with living(fleet):
+        await until("a beat of every device", 120, lambda: len(fleet.beating) == count)
+        await asyncio.sleep(2 * PULL_WAIT_SECONDS)  # every device has asked again
+        fleet.forget()
         cpu = farm.master.cpu_seconds()
         await asyncio.sleep(seconds)
-        used = (farm.master.cpu_seconds() - cpu) / seconds * 100
-        print(f"| {count:,} idle devices: the master's CPU | {used:.1f} % of a core |")
-        print(
-            f"| {count:,} idle devices: the master's memory | {farm.master.resident_bytes() / 2**20:.0f} MB |",
-            flush=True,
-        )
+        tell(f"{count:,} idle", "the master's CPU", f"{(farm.master.cpu_seconds() - cpu) / seconds:.1%} of a core")
+        tell_size(f"{count:,} idle", farm)
+        tell_calls(f"{count:,} idle", fleet)
 
 
 async def working(farm: Farm, count: int, tasks: int) -> None:
-    fleet = Fleet(farm.url, slowest_seconds=2.0, faults=0.02)
-    async with living(fleet, count):
-        await until("all devices", 120, lambda: len(fleet.registered) == count)
-        cpu = farm.master.cpu_seconds()
-        for body in bodies({"task_type": "echo"}, tasks):
-            await asyncio.to_thread(farm.post, "/tasks", body)
-        seconds = await until("every task", 600, lambda: completed(farm) == tasks)
-        used = (farm.master.cpu_seconds() - cpu) / seconds * 100
-    rate = tasks / seconds
-    print(f"| {count:,} devices, {tasks:,} tasks of up to 2 s, 2 % faults | {seconds:.1f} s, {rate:,.0f} tasks/s |")
-    print(f"| {count:,} devices at work: the master's CPU | {used:.0f} % of a core |")
-    tell(fleet)
+    fleet = Fleet(farm.url, count, slowest_seconds=2.0, faults=0.02)
+    scene = f"{count:,} working"
+    async with living(fleet):
+        await until("a beat of every device", 120, lambda: len(fleet.beating) == count)
+        fleet.forget()
+        cpu, started = farm.master.cpu_seconds(), time.monotonic()
+        await submit(farm, tasks)
+        await until("every task", 300, lambda: completed(farm) == tasks, 0.5)
+        seconds = time.monotonic() - started
+        used = (farm.master.cpu_seconds() - cpu) / seconds
+        rate = f"{seconds:.1f} s, {tasks / seconds:,.0f} tasks/s"
+        tell(scene, f"{tasks:,} tasks of up to 2 s, 2 % faults", rate)
+        tell(scene, "the master's CPU", f"{used:.0%} of a core")
+        tell_size(scene, farm)
+        tell_calls(scene, fleet)
+    check(scene, farm.database, tasks)
 
 
 async def stampede(farm: Farm, count: int, tasks: int) -> None:
-    fleet = Fleet(farm.url, slowest_seconds=1.0)
-    async with living(fleet, count):
-        await until("all devices", 300, lambda: len(fleet.registered) == count)
-        for body in bodies({"task_type": "echo"}, tasks):
-            await asyncio.to_thread(farm.post, "/tasks", body)
+    fleet = Fleet(farm.url, count, slowest_seconds=1.0)
+    scene = f"{count:,} back after a kill"
+    async with living(fleet):
+        await submit(farm, tasks)
         await asyncio.to_thread(farm.kill_master)
         await asyncio.sleep(2)  # long enough for every device to notice
-        fleet.reached.clear()
-        fleet.counts.clear()
+        done = fleet.counts["reports accepted"]
+        fleet.forget()
+        started = time.monotonic()
         await asyncio.to_thread(farm.start_master_again)
-        back = await until("all devices back", 600, lambda: len(fleet.reached) == count)
-        await until("every task", 600, lambda: completed(farm) == tasks)
-    print(f"| {count:,} devices after a kill of the master: all back after | {back:.1f} s |")
-    tell(fleet)
+        tell(scene, "the master ready again", f"{time.monotonic() - started:.1f} s after its start")
+        await until("all devices back", 300, lambda: len(fleet.reached) == count)
+        tell(scene, "all devices answered", f"{time.monotonic() - started:.1f} s after its start")
+        tell_size(scene, farm)
+        await until("every task", 300, lambda: completed(farm) == tasks, 0.5)
+        told = f"{time.monotonic() - started:.1f} s after its start ({done:,} before the kill)"
+        tell(scene, f"{tasks:,} tasks of up to 1 s completed", told)
+        tell_calls(scene, fleet)
+    check(scene, farm.database, tasks)
+
+
+async def submit(farm: Farm, tasks: int) -> None:
+    for body in bodies({"task_type": "echo"}, tasks):
+        await asyncio.to_thread(farm.post, "/tasks", body)
 
 
 def completed(farm: Farm) -> int:
@@ -321,14 +362,28 @@ def completed(farm: Farm) -> int:
     return found
 
 
-def tell(fleet: Fleet) -> None:
-    print(
-        "| what the devices saw | " + ", ".join(f"{n:,} {what}" for what, n in sorted(fleet.counts.items())) + " |",
-        flush=True,
-    )
+def tell(scene: str, what: str, figure: str) -> None:
+    print(f"| {scene} | {what} | {figure} |", flush=True)
 
 
-def check(database: Path, tasks: int) -> None:
+def tell_size(scene: str, farm: Farm) -> None:
+    now, peak = farm.master.resident_bytes() / 2**20, farm.master.peak_bytes() / 2**20
+    figure = f"{now:.0f} MB, {peak:.0f} MB at most, {farm.master.open_files():,} open files"
+    tell(scene, "the master's memory", figure)
+
+
+def tell_calls(scene: str, fleet: Fleet) -> None:
+    """What the devices saw: how long calls took, and all that was not a plain answer."""
+    for kind, seconds in fleet.seconds.items():
+        if seconds:
+            p50, p99 = (sorted(seconds)[int(share * (len(seconds) - 1))] * 1000 for share in (0.5, 0.99))
+            figure = f"p50 {p50:.0f} ms, p99 {p99:.0f} ms, max {max(seconds) * 1000:.0f} ms"
+            tell(scene, f"{len(seconds):,} answers to a {kind}", figure)
+    if fleet.counts:
+        tell(scene, "what the devices saw", ", ".join(f"{n:,} {what}" for what, n in sorted(fleet.counts.items())))
+
+
+def check(scene: str, database: Path, tasks: int) -> None:
     """Every task completed, by one accepted attempt; ends the bench if not."""
     with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
         states = dict(connection.execute("SELECT status, count(*) FROM af_crawl_tasks GROUP BY status").fetchall())
@@ -336,7 +391,7 @@ def check(database: Path, tasks: int) -> None:
         twice = sum(n > 1 for (n,) in connection.execute(accepted))
     verdict = states == {"completed": tasks} and not twice
     lost = tasks - states.get("completed", 0)
-    print(f"| lost {lost}, accepted twice {twice} of {tasks:,} tasks | {'ok' if verdict else 'WRONG'} |")
+    tell(scene, "tasks lost, tasks accepted twice", f"{lost} and {twice} of {tasks:,}: {'ok' if verdict else 'WRONG'}")
     if not verdict:
         raise SystemExit(f"the database says {states}")
 
@@ -355,22 +410,21 @@ def main(argv: list[str] | None = None) -> int:
     first, _, more = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(description=first, epilog=more, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--idle", type=int, default=1_000, help="devices that have nothing to do (1000)")
-    parser.add_argument("--seconds", type=float, default=60.0, help="how long the idle ones are watched (60)")
+    parser.add_argument("--seconds", type=float, default=40.0, help="how long the idle ones are watched (40)")
     parser.add_argument("--working", type=int, default=5_000, help="devices that share tasks (5000)")
     parser.add_argument("--stampede", type=int, default=10_000, help="devices that lose their master (10000)")
     parser.add_argument("--tasks", type=int, default=20_000, help="tasks of each run (20000)")
     options = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the master is stopped then, too
     allow_files(max(options.idle, options.working, options.stampede))
-    print(machine() + "\n\n| what | figure |\n|---|---|", flush=True)
+    print(machine() + "\n\n| scene | what | figure |\n|---|---|---|", flush=True)
     if options.idle:
         with open_farm() as farm:
-            asyncio.run(idle(farm, options.idle, options.seconds))
+            asyncio.run(asyncio.wait_for(idle(farm, options.idle, options.seconds), SCENE_SECONDS + options.seconds))
     for step, count in ((working, options.working), (stampede, options.stampede)):
         if count:
             with open_farm() as farm:
-                asyncio.run(step(farm, count, options.tasks))
-                check(farm.database, options.tasks)
+                asyncio.run(asyncio.wait_for(step(farm, count, options.tasks), SCENE_SECONDS))
     return 0
 
 

@@ -48,6 +48,7 @@ def time_master(watch: Stopwatch) -> Callable[[], int]:
     import api
     import db
     import dispatcher
+    import judging
     import master
     import store
     import web
@@ -61,7 +62,7 @@ def time_master(watch: Stopwatch) -> Callable[[], int]:
     watch.around(dispatcher.Dispatcher, "_open", "dispatch: book the pull")
     watch.around(dispatcher.Dispatcher, "dispatch", "dispatch: choose tasks and devices")
     watch.around(db, "assign", "dispatch: write the attempts")
-    watch.around(db, "apply_reports", "report: judge and write")
+    watch.around(judging, "apply_reports", "report: judge and write")
     watch.around(writer.Writer, "_write", "commit, savepoints, waking who waits")
     watch.around(store.Store, "_tell", "log and events")
     return lambda: master.main()

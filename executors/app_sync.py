@@ -21,7 +21,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from executors.appsflyer.answers import raise_if_closed, with_jitter
 from executors.appsflyer.client import Client, Limits, base_url
-from executors.appsflyer.pacing import PACING, Key
+from executors.appsflyer.pacing import CREDENTIAL_FIELDS, PACING, Key, field_with
 from executors.appsflyer.pull import APP_ID, OPTIONS, Pull, read_credential_name, read_pull, read_report
 from executors.task_executor import MAX_NEW_TASKS, DoNotRetry, Result, Retry, Snooze, TaskExecutor, refuse_unknown
 
@@ -45,7 +45,9 @@ class AppSyncExecutor(TaskExecutor):
         name = read_credential_name(task_data)
         query = read_query(task_data)
         order = read_order(task_data, name)
-        key = Key(base_url(self.context.settings), name, report=PATH)
+        # What counts lists counts nothing else, so the closing is for this task type alone.
+        fields = ("task_type", field_with(name, self.context.task, CREDENTIAL_FIELDS))
+        key = Key(base_url(self.context.settings), name, report=PATH, fields=fields)
         raise_if_closed(key, PACING)
         limits = Limits(self.context.deadline_seconds, lambda: self.context.cancelled)
         with Client(key, self.context.credential(name), limits, PACING) as client:

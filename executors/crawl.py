@@ -27,8 +27,9 @@ white space), bytes, sha256, elapsed_seconds; fields, items, data (of jmespath) 
 "truncated": true where the page was larger than 10 MiB (unpacked), of which the first 10 MiB count.
 
 Every status below 500 is a result, 404 too, except 429, which snoozes the task by its Retry-After (1 s to 1 h, else 60
-s), as 503 does with a Retry-After. Other 5xx, errors of the connection and time-outs are retried. Wrong task_data, more
-than 5 redirects, what robots.txt forbids, addresses that are not public, and bombs are not.
+s), as 503 does with a Retry-After; both close task_data.host, so that no other device asks this host meanwhile. Other
+5xx, errors of the connection and time-outs are retried. Wrong task_data, more than 5 redirects, what robots.txt
+forbids, addresses that are not public, and bombs are not.
 
 Only links of 2xx HTML pages are followed, at most 5,000 or 4 MiB of tasks a page. Children carry the canonical URL as
 unique_key and the start page, so that no page is fetched twice. A task without a batch gives its children the batch
@@ -45,11 +46,12 @@ import threading
 import time
 from collections.abc import Mapping
 from typing import Any, Optional
+from urllib.parse import urlsplit
 
-from executors.task_executor import DoNotRetry, Result, TaskExecutor
+from executors.task_executor import DoNotRetry, Result, Snooze, TaskExecutor
 from executors.web.connection import Cancelled, OutOfTime
 from executors.web.extract import extract, is_installed, search_json
-from executors.web.fetch import Fetcher, Manners, Page, Request, refuse_failure
+from executors.web.fetch import AskedToWait, Fetcher, Manners, Page, Request, refuse_failure
 from executors.web.follow import children, from_sitemap, sitemap_task
 from executors.web.markup import Markup
 from executors.web.order import Order, read_order
@@ -144,8 +146,13 @@ class Crawl:
 
     def fetch(self, request: Request) -> Page:
         context = self.context
-        page = self.fetcher.fetch(request, self.seconds, lambda: bool(context.cancelled))
-        refuse_failure(page)
+        try:
+            page = self.fetcher.fetch(request, self.seconds, lambda: bool(context.cancelled))
+            refuse_failure(page)
+        except AskedToWait as asked:
+            # Where a redirect led to another host, no field of this task names the one that was asked for a pause.
+            is_own = urlsplit(asked.url).hostname == urlsplit(self.order.url).hostname
+            raise Snooze(asked.seconds, str(asked), closes="task_data.host" if is_own else ()) from None
         return page
 
     def children(self, page: Page, links: list[str]) -> list[dict[str, Any]]:

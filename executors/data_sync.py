@@ -22,7 +22,7 @@ from typing import Any, Optional
 
 from executors.appsflyer.answers import raise_if_closed
 from executors.appsflyer.client import Body, Client, Limits, base_url
-from executors.appsflyer.pacing import PACING, Key
+from executors.appsflyer.pacing import APP_FIELDS, CREDENTIAL_FIELDS, PACING, Key, field_with
 from executors.appsflyer.pull import DAILY_REPORTS, LOOKBACK_DAYS, Pull, read_pull
 from executors.appsflyer.report import Written, write_report
 from executors.appsflyer.window import TIME_FORMAT, Window, utc_today
@@ -61,7 +61,12 @@ class DataSyncExecutor(TaskExecutor):
         """Ask for the report and write it to `path`."""
         context = self.context
         token = context.credential(pull.credential_name)
-        key = Key(base_url(context.settings), pull.credential_name, pull.app_id, pull.report)
+        fields = (
+            field_with(pull.credential_name, context.task, CREDENTIAL_FIELDS),
+            field_with(pull.app_id, context.task, APP_FIELDS),
+            "task_data.report",
+        )
+        key = Key(base_url(context.settings), pull.credential_name, pull.app_id, pull.report, fields)
         raise_if_closed(key, PACING)
         if pull.is_short_aggregate and (seconds := PACING.take_aggregate(key)):
             raise Snooze(seconds, f"AppsFlyer takes one call a minute of an app's {pull.report}")

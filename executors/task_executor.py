@@ -15,6 +15,7 @@ An executor is a class with one method:
 
     returns a dict, or Result(dict, new_tasks=[...])    completed
     raises Snooze(seconds, reason)                      snoozed: comes again after that time, uses no retry
+    raises Snooze(..., closes="task_data.host")         and no device gets another task with that host until then
     raises Retry(message, after=seconds)                failed, retried (after that time instead of the usual backoff)
     raises DoNotRetry(message)                          failed, not retried
     raises anything else, SystemExit and such included  failed, retried: a crawler's errors mostly pass
@@ -54,7 +55,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import executors
 from executors.device.sendable import MAX_RESULT_BYTES, Unsendable, clean_text, hidden, hide, secrets_of, strict_json
@@ -68,6 +69,7 @@ LOG_LINE_CHARACTERS = 4000
 
 _log = logging.getLogger("executors.task_executor")
 _NAME = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
+_CLOSING_FIELD = re.compile(r"task_type|username|app_id|batch|start_date|end_date|task_data\.[A-Za-z0-9_\-]{1,64}")
 _ARTIFACT_NAME = re.compile(r"(?!\.)[A-Za-z0-9._\-]{1,100}")
 
 
@@ -84,11 +86,16 @@ class DoNotRetry(Exception):
 
 
 class Snooze(Exception):
-    """Not now: the task comes again after `seconds`, and no retry is used."""
+    """Not now: the task comes again after `seconds`, and no retry is used.
 
-    def __init__(self, seconds: float, reason: str = ""):
+    `closes`: the fields of this task that were refused with it, such as "task_data.host" or ("username", "app_id"): no
+    device gets a task with the same values until then, where the master has a limit with that key. ValueError for what
+    no limit may have as its key."""
+
+    def __init__(self, seconds: float, reason: str = "", closes: Union[str, Iterable[str]] = ()):
         super().__init__(reason)
         self.seconds = seconds
+        self.closes = closing_fields(closes)
 
 
 class BadResult(DoNotRetry):
@@ -118,6 +125,7 @@ class Outcome:
     retry: bool = True
     retry_after_seconds: Optional[float] = None
     snooze_seconds: Optional[float] = None
+    closes: list[str] = field(default_factory=list)
     new_tasks: list[dict[str, Any]] = field(default_factory=list)
     artifacts: list[dict[str, Any]] = field(default_factory=list)  # name, bytes, sha256 of each file to send
 
@@ -134,6 +142,8 @@ class Outcome:
             entry["retry"] = False
         if self.outcome == "snoozed" and self.error_message:
             entry["reason"] = entry.pop("error_message")
+        if self.closes:
+            entry["limit_key"], entry["limit_closed_seconds"] = self.closes, self.snooze_seconds
         if self.new_tasks:
             entry["new_tasks"] = self.new_tasks
         if self.artifacts:
@@ -197,12 +207,11 @@ class Context:
         is_cancelled: Optional[Callable[[], bool]] = None,
         report_progress: Optional[Callable[[float, str], None]] = None,
         settings: Optional[Mapping[str, Any]] = None,
-        artifact_folder: Optional[Path] = None,
+        artifact_folder: Union[Path, str, None] = None,
         tail: Optional[LogTail] = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.task = task
-        self.log = logging.getLogger(f"executors.{task.get('task_type') or 'task'}")
         self._device_settings = settings or {}
         self.secrets = secrets_of(self._device_settings)
         self.tail = LogTail(secrets=self.secrets) if tail is None else tail
@@ -213,6 +222,11 @@ class Context:
         self._clock = clock
         timeout = bounded_seconds(task.get("execution_timeout_seconds"))
         self._deadline = clock() + timeout if timeout else None
+
+    @property
+    def log(self) -> logging.Logger:
+        """For what an executor has to say: to the device's log, and to the attempt."""
+        return logging.getLogger(f"executors.{self.task.get('task_type') or 'task'}")
 
     @property
     def cancelled(self) -> bool:
@@ -248,23 +262,25 @@ class Context:
             raise DoNotRetry(f"an artifact cannot be named {name!r}: write 1 to 100 of A-Z a-z 0-9 . _ -, no dot first")
         if self._artifact_folder is None:
             raise DoNotRetry("there is no folder for artifacts here: run the task on a device")
-        self._artifact_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder = Path(self._artifact_folder)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if name not in self._artifact_names:
             self._artifact_names.append(name)
-        return self._artifact_folder / name
+        return folder / name
 
     def artifacts(self) -> list[dict[str, Any]]:
         """Name, bytes and sha256 of each artifact that was written."""
         if self._artifact_folder is None or not self._artifact_names:
             return []
+        folder = Path(self._artifact_folder)
         written = [
             {"name": name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
             for name in self._artifact_names
-            if (path := self._artifact_folder / name).is_file()
+            if (path := folder / name).is_file()
         ]
         if not written:  # the device looks for files only where there are some
             with contextlib.suppress(OSError):
-                self._artifact_folder.rmdir()
+                folder.rmdir()
         return written
 
 
@@ -325,7 +341,7 @@ def run(
     is_cancelled: Optional[Callable[[], bool]] = None,
     report_progress: Optional[Callable[[float, str], None]] = None,
     settings: Optional[Mapping[str, Any]] = None,
-    artifact_folder: Optional[Path] = None,
+    artifact_folder: Union[Path, str, None] = None,
     tail: Optional[LogTail] = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Outcome:
@@ -405,11 +421,24 @@ def ended_by(error: BaseException, secrets: tuple[str, ...] = ()) -> Outcome:
     message, error_type = describe(error, secrets), type(error).__name__
     if isinstance(error, Snooze):
         seconds = bounded_seconds(attribute_of(error, "seconds"))
-        return Outcome("snoozed", error_message=message, snooze_seconds=60.0 if seconds is None else seconds)
+        closes = closing_fields(attribute_of(error, "closes") or ())
+        seconds = 60.0 if seconds is None else seconds
+        return Outcome("snoozed", error_message=message, snooze_seconds=seconds, closes=list(closes))
     if isinstance(error, Retry):
         after = bounded_seconds(attribute_of(error, "after"))
         return Outcome("failed", error_message=message, error_type=error_type, retry_after_seconds=after)
     return Outcome("failed", error_message=message, error_type=error_type, retry=not isinstance(error, DoNotRetry))
+
+
+def closing_fields(closes: Union[str, Iterable[str]]) -> tuple[str, ...]:
+    """The fields of a closing, checked as the master checks a limit's key."""
+    fields = (closes,) if isinstance(closes, str) else tuple(closes)
+    if len(fields) > 8 or not all(isinstance(name, str) and _CLOSING_FIELD.fullmatch(name) for name in fields):
+        raise ValueError(
+            f"closes is {closes!r:.100}: write username, app_id, batch, start_date, end_date, task_type or"
+            " task_data.NAME, or a list of at most 8 of them"
+        )
+    return fields
 
 
 def attribute_of(error: BaseException, name: str) -> Any:

@@ -6,7 +6,8 @@ refuses what is over its quotas, cuts a connection, answers 500, and truncates w
 row of every file is compared with the rows that the stand-in made: exit code 0 if each app-day arrived exactly once.
 
 One thing is not as in life: the stand-in's quota day lasts 5 s instead of 24 h, and it says in Retry-After how long to
-wait, which the executors obey. Everything goes through the public API.
+wait, which the executors obey. The master has limits for what AppsFlyer counts, so that what refuses one device is not
+asked by the other. Everything goes through the public API.
 """
 
 from __future__ import annotations
@@ -44,6 +45,11 @@ DAY_SECONDS = 5
 ROW_CAP = 500
 READY_SECONDS = 60.0
 GIVE_UP_SECONDS = 300.0
+# So that a refusal is told to the whole fleet, and one of a report's tasks meets it, not each in turn.
+LIMITS = (
+    {"name": "account", "task_type": "data_sync", "key": ["username", "task_data.report"]},
+    {"name": "report", "task_type": "data_sync", "key": ["username", "app_id", "task_data.report"], "max_running": 1},
+)
 OPEN_STATES = ("scheduled", "pending", "assigned", "running")
 
 
@@ -101,7 +107,7 @@ def fleet(folder: Path) -> Iterator[tuple[str, str]]:
         programs.append(fake)
         shared: dict[str, Any] = {"log_console_level": "CRITICAL"}
         config = write_config(
-            folder, "master", port=0, database=str(folder / "demo.db"), retry_backoff_seconds=1, **shared
+            folder, "master", port=0, database=str(folder / "demo.db"), retry_backoff_seconds=1, limits=LIMITS, **shared
         )
         master = Program("master.py", "--config", config)
         programs.append(master)
@@ -149,8 +155,8 @@ def watch(master: Master, batch: str, fake_url: str) -> None:
             refused = sum(n for what, n in told.items() if what.startswith("400"))
             print(
                 f"{seconds:4.0f} s: {counts.get('completed', 0)} tasks done, {counts.get('running', 0)} running,"
-                f" {counts.get('pending', 0)} waiting for a device, {counts.get('scheduled', 0)} waiting for the next"
-                f" quota day or a retry; downloads {told.get('report', 0)}, refused by a quota {refused}",
+                f" {counts.get('pending', 0)} waiting for a device or a limit, {counts.get('scheduled', 0)} for"
+                f" the next quota day or a retry; downloads {told.get('report', 0)}, refused by a quota {refused}",
                 flush=True,
             )
             next_line = seconds + 3.0

@@ -10,6 +10,25 @@ import pytest
 from crawl_site import canary, site  # noqa: F401 - fixtures of test_crawl*.py
 from world import World
 
+from executors import app_sync, crawl, data_sync
+from executors.appsflyer.pacing import Pacing
+
+# Files of ten seconds and more. They come first, so that no process of `make test` has one left when the others end.
+LONGEST_FIRST = ("test_device_faults", "test_worker", "test_dashboard", "test_isolation", "test_standalone", "test_faults",
+                 "test_artifacts", "test_stopped_device", "test_start", "test_deploy", "test_edge")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: n for n, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+@pytest.fixture(autouse=True)
+def no_memory_of_earlier_servers() -> None:
+    """The system gives ports out again: what an executor knows of a server is not to be that of an earlier test's."""
+    crawl._fetchers.clear()
+    app_sync.PACING = data_sync.PACING = Pacing()
+
 
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[World]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from executors import crawl, task_executor
+from executors import task_executor
 from executors.crawl import CrawlExecutor
 from executors.task_executor import Outcome
 
@@ -100,12 +100,11 @@ class Site:
         self.stop_dripping.set()
         self.server.shutdown()
         self.server.server_close()
-        self.thread.join(5)
+        self.thread.join(60)
 
 
 @pytest.fixture
 def site() -> Iterator[Site]:
-    crawl._fetchers.clear()  # the system gives ports out again: no robots.txt of an earlier site counts for this one
     site = Site()
     yield site
     site.close()
@@ -153,7 +152,7 @@ def run(
 ) -> Outcome:
     """Run one crawl task as a worker would, on a device that lists loopback unless `settings` say otherwise."""
     whole = {"id": 1, "task_type": "crawl", "batch": "b", "priority": 5, **(task or {})}
-    whole["task_data"] = {"url": url, "timeout_seconds": 5, **task_data}
+    whole["task_data"] = {"url": url, "timeout_seconds": 60, **task_data}
     return task_executor.run(
         CrawlExecutor(),
         whole,

@@ -317,7 +317,7 @@ class FakeAppsFlyer:
 
     def _go_wrong(self, call: Call, trouble: str) -> Any:
         if trouble == "slow":
-            time.sleep(10)
+            time.sleep(60)
             trouble = "500"
         if trouble == "evil redirect":
             call.status = 302

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -29,6 +30,16 @@ def wait_for(what: str, check: Callable[[], Any], seconds: float = DEADLINE_SECO
             return found
         time.sleep(0.05)
     raise AssertionError(f"waited {seconds:.0f} s in vain for {what}")
+
+
+def reserved_port() -> socket.socket:
+    """A free port that nobody else gets while this socket is there; whoever asks for it by its number may listen on it.
+
+    Without it another test's server could get the port of one that is away for a moment."""
+    place = socket.socket()
+    place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    place.bind(("127.0.0.1", 0))
+    return place
 
 
 def environment() -> dict[str, str]:
@@ -75,16 +86,16 @@ class Program:
     def kill(self) -> None:
         """SIGKILL: no goodbye."""
         self.process.kill()
-        self.process.wait(10)
+        self.process.wait(DEADLINE_SECONDS)
         self._reader.join(5)
 
-    def stop(self, number: int = signal.SIGTERM, seconds: float = 45.0) -> int:
+    def stop(self, number: int = signal.SIGTERM, seconds: float = DEADLINE_SECONDS) -> int:
         """Asks it to end and waits; its exit code."""
         if self.process.poll() is None:
             self.process.send_signal(number)
         return self.wait(seconds)
 
-    def wait(self, seconds: float = 45.0) -> int:
+    def wait(self, seconds: float = DEADLINE_SECONDS) -> int:
         code = self.process.wait(seconds)
         self._reader.join(5)
         return code
@@ -93,26 +104,25 @@ class Program:
 class Master(Program):
     """A real master; `api` asks it."""
 
-    def __init__(self, folder: Path, **settings: Any) -> None:
+    def __init__(self, folder: Path, script: str = "master.py", **settings: Any) -> None:
         self.api_key = settings.get("api_key", "")
         self.url = ""
         self.session = requests.Session()
         self.session.trust_env = False
+        self._place = reserved_port()
         ours = {
             "mode": "master",
-            "port": 0,
+            "port": self._place.getsockname()[1],
             "database": str(folder / "distribution.db"),
             "log_file": str(folder / "master.log"),
         }
-        super().__init__("master.py", folder, {**ours, **settings})
+        super().__init__(script, folder, {**ours, **settings})
 
     def start(self) -> None:
         """Starts it and waits until it is ready; on the same port as before."""
-        if self.url:
-            self.settings["port"] = self.port
         super().start()
         try:
-            self.url = wait_for("the master's ready line", self._ready_line, 30).split()[1]
+            self.url = wait_for("the master's ready line", self._ready_line).split()[1]
         except AssertionError:
             self.kill()
             raise
@@ -130,7 +140,7 @@ class Master(Program):
     def api(self, method: str, path: str, body: Any = None, **options: Any) -> requests.Response:
         """One request below /api/distribution."""
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
-        options = {"timeout": 40, **options}
+        options = {"timeout": DEADLINE_SECONDS, **options}
         if body is not None:
             options["json"] = body
         headers.update(options.pop("headers", {}))

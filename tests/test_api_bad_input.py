@@ -52,7 +52,7 @@ def nothing_is_written(master: Master, work: dict[str, str]) -> Iterator[None]:
 def send(master: Master, method: str, path: str, body: bytes = b"", **headers: str) -> requests.Response:
     """Exactly these bytes."""
     url = master.url + (path if path.startswith("//") else PREFIX + path)
-    return master.session.request(method, url, data=body, headers={**JSON, **headers}, timeout=20)
+    return master.session.request(method, url, data=body, headers={**JSON, **headers}, timeout=60)
 
 
 def refused(response: requests.Response, *expected: Any) -> None:
@@ -204,6 +204,14 @@ VALUES: list[tuple[str, str, bytes, int, str, str | None]] = [
     ("POST", "/tasks", b'[{"task_type": "echo"}, {"task_type": "echo", "priority": 11}]', 422, "invalid_field", "[1].priority"),
     ("POST", "/tasks", b'{"tasks": [{"task_type": "echo"}, {}]}', 422, "missing_field", "tasks[1].task_type"),
     ("POST", "/tasks", b"[" + b'{"task_type":"echo"},' * 10_000 + b'{"task_type":"echo"}]', 422, "invalid_field", None),
+    ("POST", "/tasks?dry_run=yes", b'{"task_type": "echo"}', 422, "invalid_field", "dry_run"),
+    ("POST", "/tasks?dry_run=true", b'[{"task_type": "echo"}', 400, "bad_json", None),
+    ("POST", "/tasks?dry_run=true", b'{"tasks": 1}', 422, "invalid_field", "tasks"),
+    ("POST", "/tasks/actions", b'{"action": "cancel", "filter": {"error": 1}}', 422, "invalid_field", "filter.error"),
+    ("POST", "/tasks/actions", b'{"action": "cancel", "filter": {"error": "' + b"x" * 4001 + b'"}}', 422, "invalid_field", "filter.error"),
+    ("PUT", "/devices/shop-1", b'{}', 422, "missing_field", "device_name"),
+    ("PUT", "/devices/shop-1", b'{"device_name": ""}', 422, "invalid_field", "device_name"),
+    ("PUT", "/devices/shop-1", b'{"device_name": "a\\nb"}', 422, "invalid_field", "device_name"),
     ("POST", "/tasks/actions", b'{"action": "delete", "filter": {}}', 422, "invalid_field", "action"),
     ("POST", "/tasks/actions", b'{"action": "cancel", "filter": {"status": "asleep"}}', 422, "invalid_field", "filter.status"),
     ("POST", "/tasks/actions", b'{"action": "cancel", "filter": {"batc": "b"}}', 422, "unknown_field", "filter.batc"),
@@ -274,6 +282,7 @@ def test_an_id_that_is_none_is_422(master: Master, task_id: str, method: str, pa
 def test_a_device_id_that_is_none_is_refused(master: Master, device_id: str) -> None:
     for method, path, raw in (
         ("GET", "stats", b""),
+        ("GET", "heartbeats", b""),
         ("PUT", "status", b'{"status": "active"}'),
         ("POST", "heartbeat", b'{"boot_id": "b", "seq": 1}'),
     ):
@@ -290,7 +299,7 @@ def test_a_path_that_is_not_utf8_never_means_another_one(master: Master) -> None
 def test_a_batch_name_that_is_none_is_refused(master: Master, name: str) -> None:
     for verb in ("pause", "resume", "cancel"):
         response = send(master, "POST", f"/batches/{name}/{verb}", b"{}")
-        assert response.status_code in (400, 404, 422), response.text
+        assert response.status_code in (400, 404, 405, 422), response.text
         refused(response)
 
 
@@ -330,6 +339,23 @@ QUERIES = [
     ("/batches", "limit=0", "limit"),
     ("/batches", "cursor=x", "cursor"),
     ("/system/overview", "x=1", "x"),
+    ("/tasks", "error=" + "x" * 4001, "error"),
+    ("/devices", "limit=201", "limit"),
+    ("/devices", "beats=61", "beats"),
+    ("/devices", "cursor=a%20b", "cursor"),
+    ("/devices/shop-1", "x=1", "x"),
+    ("/devices/shop-1/heartbeats", "hours=2", "hours"),
+    ("/batches/b", "x=1", "x"),
+    ("/batches/b/failures", "x=1", "x"),
+    ("/system", "x=1", "x"),
+    ("/system/series", "hours=25", "hours"),
+    ("/system/series", "task_type=a%20b", "task_type"),
+    ("/events/history", "kind=other", "kind"),
+    ("/events/history", "device_id=a%20b", "device_id"),
+    ("/events/history", "verb=a%20b", "verb"),
+    ("/events/history", "after=yesterday", "after"),
+    ("/events/history", "cursor=x", "cursor"),
+    ("/events/history", "limit=201", "limit"),
     ("/strategy", "x=1", "x"),
     ("/tasks/2", "x=1", "x"),
 ]
@@ -368,7 +394,7 @@ def raw_request(master: Master, line: str | bytes, body: bytes, *headers: str, h
     address = urlsplit(master.url)
     line = line.encode() if isinstance(line, str) else line
     head = "\r\n".join([f"Host: {address.netloc}", *headers])
-    with socket.create_connection((address.hostname, address.port), timeout=20) as connection:
+    with socket.create_connection((address.hostname, address.port), timeout=60) as connection:
         connection.sendall(line + b" HTTP/1.1\r\n" + head.encode("latin-1") + b"\r\n\r\n" + body)
         if half_close:
             connection.shutdown(socket.SHUT_WR)
@@ -394,7 +420,7 @@ def read_reply(connection: socket.socket) -> bytes:
 
 def test_an_endless_chunked_body_is_refused_without_being_read(master: Master) -> None:
     address = urlsplit(master.url)
-    with socket.create_connection((address.hostname, address.port), timeout=20) as connection:
+    with socket.create_connection((address.hostname, address.port), timeout=60) as connection:
         head = f"POST {PREFIX}/tasks HTTP/1.1\r\nHost: {address.netloc}\r\n{JSON_LINE[0]}\r\nTransfer-Encoding: chunked\r\n\r\n"
         connection.sendall(head.encode())
         connection.sendall(b"4\r\n[{}]\r\n" * 100)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from farm import Master, Program, wait_for
 from test_api import problem, shaped
 
 import openapi
+import replies
 
 Numbers = dict[str, Any]
 
@@ -89,15 +89,13 @@ def test_a_report_closes_its_key_for_everybody_until_it_opens_by_itself(master: 
         master.register(name, task_types=["closing"], max_concurrent_tasks=10)
     first, second = master.submit(*[{"task_type": "closing", "username": "joe"}] * 2)
     [task] = pull(master, "closing-1")
-    master.report("closing-1", task, "failed", error_message="429", limit_closed_seconds=1.5, limit_name="user")
+    master.report("closing-1", task, "failed", error_message="429", limit_closed_seconds=3, limit_name="user")
     assert pull(master, "closing-2") == []
     why = shaped(master.get(f"/tasks/{second}/why"), openapi.WhyOut)
-    assert why["reason"] == "limit_closed" and 0 < why["next_look_seconds"] <= 1.5
+    assert why["reason"] == "limit_closed" and 0 < why["next_look_seconds"] <= 3
     assert master.get(f"/tasks/{first}")["retry_count"] == 0
-    asked = time.monotonic()
-    query = {"device_id": "closing-2", "boot_id": "boot-1", "limit": 9, "wait": 20}
+    query = {"device_id": "closing-2", "boot_id": "boot-1", "limit": 9, "wait": 8}  # less than dispatch_interval
     assert second in [task["id"] for task in master.call("GET", "/tasks/pull", params=query)["tasks"]]
-    assert time.monotonic() - asked < 10  # long before dispatch_interval
 
 
 @pytest.mark.parametrize("until", ["2999-01-01T00:00:00Z", "2999-01-01T08:00:00+08:00"])
@@ -142,7 +140,7 @@ def test_lanes_types_and_everything_are_paused_with_a_reason_that_is_shown(maste
         assert pull(master, "paused-1") == []
         why = shaped(master.get(f"/tasks/{task_id}/why"), openapi.WhyOut)
         assert why["reason"] == f"{scope}_paused" and "周末" in why["detail"]
-        overview = shaped(master.get("/system/overview"), openapi.OverviewOut)
+        overview = shaped(master.get("/system/overview"), replies.OverviewOut)
         assert {"scope": scope, "name": name, "reason": "周末"} in overview["paused"]
         resumed = shaped(master.call("POST", f"{path}/resume"), openapi.PauseChangedOut)
         assert resumed == {"scope": scope, "name": name, "paused": False, "reason": None}
@@ -199,7 +197,7 @@ def test_the_limits_of_the_config_hold_and_those_of_the_api_survive_a_restart(
 
 def test_a_config_with_a_wrong_limit_stops_the_start_with_one_line(tmp_path: Path, programs: list[Program]) -> None:
     wrong = [{"name": "user", "key": "usernam"}]
-    with pytest.raises(AssertionError, match=r"ended with 2: .*limits\[0\].key must be username"):
+    with pytest.raises(AssertionError, match=r"(?s)ended with 2: .*limits\[0\].key must be username"):
         programs.append(Master(tmp_path, limits=wrong))
 
 

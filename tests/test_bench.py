@@ -91,3 +91,15 @@ def test_a_pull_costs_the_same_after_a_thousand_tasks(tmp_path: Path) -> None:
         world.report(task, "completed")
     assert steps_of_a_pull(world) <= before + 5
     world.close()
+
+
+@pytest.mark.slow
+def test_the_scale_bench_prints_its_table_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    command = [sys.executable, str(ROOT / "bench" / "scale.py"), "--rows", "2000", "--flow", "50"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    rows = dict(line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| "))
+    assert rows.pop("what") == "2,000 finished, 2,000 waiting"
+    assert len(rows) > 30 and rows["deleted by retention in 32 s"] == "1,004"  # the oldest, and all of them
+    assert list(tmp_path.iterdir()) == []

@@ -244,14 +244,14 @@ def test_parallel_threads_crawl_with_sessions_of_their_own(site: Site) -> None:
     barrier, titles = threading.Barrier(8), {}
 
     def one(i: int) -> None:
-        barrier.wait(10)
+        barrier.wait(60)
         titles[i] = [fetched(f"{site.url}/{i}")["title"] for _ in range(5)]
 
     threads = [threading.Thread(target=one, args=(i,)) for i in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(60)
     assert titles == {i: [str(i)] * 5 for i in range(8)}
 
 

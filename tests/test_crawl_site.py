@@ -43,7 +43,7 @@ def test_two_devices_find_the_same_pages_as_wget(programs: list[Program], tmp_pa
         ours = crawled(start, programs, tmp_path)
     finally:
         server.kill()
-        server.wait(10)
+        server.wait(60)
     assert len(theirs) > 500
     assert ours == theirs
 

@@ -44,7 +44,7 @@ def test_each_page_of_a_sitemap_becomes_a_task(site: Site) -> None:
     assert outcome.new_tasks[0] == {
         "task_type": "crawl",
         "task_data": {
-            "url": f"{site.url}/a", "depth": 1, "follow": {"max_depth": 2}, "raw": True, "timeout_seconds": 5,
+            "url": f"{site.url}/a", "depth": 1, "follow": {"max_depth": 2}, "raw": True, "timeout_seconds": 60,
             "headers": {"X-Key": "k"},
         },
         "unique_key": f"{site.url}/a", "batch": "b", "parent_id": 1, "priority": 5,

@@ -60,7 +60,7 @@ class StandIn:
     def close(self) -> None:
         self.server.shutdown()
         self.server.server_close()
-        self.thread.join(5)
+        self.thread.join(60)
 
     def note_key(self) -> None:
         self.keys.add(bottle.request.get_header("Authorization"))

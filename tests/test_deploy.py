@@ -118,7 +118,7 @@ class Container:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         code = self.process.wait(60)
-        self._reader.join(5)
+        self._reader.join(60)
         return code
 
 
@@ -160,22 +160,22 @@ def test_the_process_is_not_root_and_its_folders_are_its_own() -> None:
 
 def test_a_container_asks_for_its_key_does_a_task_and_stops_in_good_order(container: Container) -> None:
     url = container.url
-    assert requests.get(f"{url}/healthz", timeout=10).status_code == 200
+    assert requests.get(f"{url}/healthz", timeout=60).status_code == 200
     overview = f"{url}/api/distribution/system/overview"
-    assert requests.get(overview, timeout=10).status_code == 401
+    assert requests.get(overview, timeout=60).status_code == 401
 
     config = container.folder / CONFIG
     key = json.loads(config.read_text())["api_key"]
     assert len(key) >= 32 and stat.S_IMODE(config.stat().st_mode) == 0o600
     assert container.ask("--show-key").stdout.strip() == key
     headers = {"Authorization": f"Bearer {key}"}
-    assert requests.get(overview, headers=headers, timeout=10).status_code == 200
+    assert requests.get(overview, headers=headers, timeout=60).status_code == 200
 
     tasks = f"{url}/api/distribution/tasks"
-    task_id = requests.post(tasks, json={"task_type": "echo"}, headers=headers, timeout=10).json()["id"]
+    task_id = requests.post(tasks, json={"task_type": "echo"}, headers=headers, timeout=60).json()["id"]
 
     def is_done() -> bool:
-        task: dict[str, Any] = requests.get(f"{tasks}/{task_id}", headers=headers, timeout=10).json()
+        task: dict[str, Any] = requests.get(f"{tasks}/{task_id}", headers=headers, timeout=60).json()
         return task["status"] == "completed"
 
     farm.wait_for("the worker in the container to do a task", is_done)
@@ -273,7 +273,7 @@ def run_service(image: Path, tmp_path: Path) -> Iterator[Any]:
     yield run
     for process in started:
         process.kill()
-        process.wait(10)
+        process.wait(60)
 
 
 def test_master_and_worker_of_the_compose_file_share_a_mounted_key_and_are_healthy(run_service: Any) -> None:
@@ -287,10 +287,10 @@ def test_master_and_worker_of_the_compose_file_share_a_mounted_key_and_are_healt
 
     worker, is_worker_healthy = run_service("worker-1", AF_MASTER_URL=url)
     headers = {"Authorization": f"Bearer {KEY}"}
-    assert requests.get(f"{url}/api/distribution/devices", timeout=10).status_code == 401
+    assert requests.get(f"{url}/api/distribution/devices", timeout=60).status_code == 401
 
     def names() -> list[str]:
-        listed = requests.get(f"{url}/api/distribution/devices", headers=headers, timeout=10).json()["devices"]
+        listed = requests.get(f"{url}/api/distribution/devices", headers=headers, timeout=60).json()["devices"]
         return [device["device_id"] for device in listed]
 
     farm.wait_for("the worker to register", lambda: names() == ["worker-1"])

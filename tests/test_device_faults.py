@@ -27,9 +27,10 @@ from farm import ROOT, Master, Program, Worker, farm, wait_for
 from executors.device.spool import Spool
 from settings import ExitCode
 
-QUICK = {"heartbeat_interval": 0.3, "device_timeout": 2, "timeout_check_interval": 0.5, "retry_backoff_seconds": 0.1}
+QUICK = {"heartbeat_interval": 0.3, "timeout_check_interval": 0.5, "retry_backoff_seconds": 0.1}
 EXECUTORS = """
-import ctypes, time
+import ctypes, os, time
+from pathlib import Path
 from executors.task_executor import TaskExecutor
 
 
@@ -40,10 +41,11 @@ class Burn(TaskExecutor):
         super().__init__("burn")
 
     def execute_task(self, task_data):
-        end, n = time.monotonic() + task_data["seconds"], 0
-        while time.monotonic() < end:
-            n += 1
-        return {"n": n}
+        Path(task_data["until"] + ".begun").touch()
+        while not os.path.exists(task_data["until"]):
+            for _ in range(1_000_000):
+                pass
+        return {}
 
 
 class HoldInterpreter(TaskExecutor):
@@ -53,8 +55,10 @@ class HoldInterpreter(TaskExecutor):
         super().__init__("hold_interpreter")
 
     def execute_task(self, task_data):
-        ctypes.PyDLL(None).usleep(int(task_data["seconds"] * 1e6))  # PyDLL: no other thread of this process runs
-        return {"held": True}
+        Path(task_data["until"] + ".begun").touch()
+        waiting = f"until test -e {task_data['until']}; do sleep 0.02; done"
+        ctypes.PyDLL(None).system(waiting.encode())  # PyDLL: no other thread of this process runs
+        return {}
 
 
 class Obedient(TaskExecutor):
@@ -143,7 +147,13 @@ def completed(master: Master, task_id: int) -> dict[str, Any]:
 
 
 def wait_for_a_beat(master: Master) -> None:
-    beaten_at = lambda: master.get("/devices")["devices"][0]["last_heartbeat_at"]  # noqa: E731
+    """Meanwhile the device must never be offline."""
+
+    def beaten_at() -> str:
+        (device,) = master.get("/devices")["devices"]
+        assert device["status"] in ("online", "busy")
+        return str(device["last_heartbeat_at"])
+
     before = beaten_at()
     wait_for("a beat", lambda: beaten_at() > before)
 
@@ -157,8 +167,8 @@ def children_of(worker: Worker) -> list[int]:
 
 def deputy_of(worker: Worker) -> int:
     """The one child of an idle worker."""
-    (child,) = children_of(worker)
-    return child
+    (child,) = wait_for("one child", lambda: len(found := children_of(worker)) == 1 and found)
+    return int(child)
 
 
 def is_there(pid: int) -> bool:
@@ -176,38 +186,46 @@ def test_a_task_that_holds_the_interpreter_costs_no_beat(
     programs: list[Program], master: Master, tmp_path: Path, task_type: str
 ) -> None:
     worker = start_worker(programs, master, tmp_path / "shop-1")
-    wait_for("the device", lambda: master.get("/devices")["devices"])
-    task = completed(master, master.submit_one(task_type, task_data={"seconds": 5}))
+    until = tmp_path / "go"
+    task_id = master.submit_one(task_type, task_data={"until": str(until)})
+    wait_for("the task to hold it", (tmp_path / "go.begun").exists)
+    for _ in range(5):
+        wait_for_a_beat(master)
+    until.touch()
+    task = completed(master, task_id)
     assert (len(task["attempts"]), task["lost_count"], task["retry_count"]) == (1, 0, 0)
-    assert "device_offline" not in master.output
     assert worker.stop() == 0
 
 
-def test_nobody_says_that_a_stopped_worker_lives(programs: list[Program], master: Master, tmp_path: Path) -> None:
+def test_nobody_says_that_a_stopped_worker_lives(programs: list[Program], tmp_path: Path) -> None:
+    master = Master(tmp_path / "master", **QUICK, device_timeout=1.5)
+    programs.append(master)
     worker = start_worker(programs, master, tmp_path / "shop-1")
     status = lambda: [device["status"] for device in master.get("/devices")["devices"]]  # noqa: E731
     wait_for("the device", lambda: status() == ["online"])
     os.kill(worker.process.pid, signal.SIGSTOP)
-    wait_for("the device to be offline", lambda: status() == ["offline"], 10)
+    wait_for("the device to be offline", lambda: status() == ["offline"])
     os.kill(worker.process.pid, signal.SIGCONT)
-    wait_for("the device", lambda: status() == ["online"], 10)
+    wait_for("the device", lambda: status() == ["online"])
 
 
-def test_the_deputy_ends_with_its_worker_and_never_before(
-    programs: list[Program], master: Master, tmp_path: Path
-) -> None:
+def test_the_deputy_ends_with_its_worker_and_never_before(programs: list[Program], tmp_path: Path) -> None:
+    master = Master(tmp_path / "master", **{**QUICK, "heartbeat_interval": 30})  # no beat is late, so it stays the same
+    programs.append(master)
     worker = start_worker(programs, master, tmp_path / "shop-1")
     wait_for("the device", lambda: master.get("/devices")["devices"])
     deputy = deputy_of(worker)
-    task_id = master.submit_one("burn", task_data={"seconds": 4})
-    wait_for("the task to run", lambda: master.get(f"/tasks/{task_id}")["status"] == "running")
+    until = tmp_path / "go"
+    master.submit_one("burn", task_data={"until": str(until)})
+    wait_for("the task to run", (tmp_path / "go.begun").exists)
     for number in (signal.SIGINT, signal.SIGTERM):
         os.kill(deputy, number)
     os.killpg(worker.process.pid, signal.SIGTERM)
     wait_for("the drain", lambda: "drain busy=1" in worker.output)
     assert is_there(deputy)
+    until.touch()
     assert worker.wait() == 0
-    wait_for("the deputy's end", lambda: not is_there(deputy), 5)
+    wait_for("the deputy's end", lambda: not is_there(deputy))
 
 
 def test_the_deputy_of_a_killed_worker_keeps_no_lock_and_ends(
@@ -218,11 +236,11 @@ def test_the_deputy_of_a_killed_worker_keeps_no_lock_and_ends(
     deputy = deputy_of(worker)
     os.kill(deputy, signal.SIGSTOP)
     worker.process.kill()
-    worker.process.wait(10)
+    worker.process.wait(60)
     second = start_worker(programs, master, tmp_path / "shop-1")
     wait_for("the second process", lambda: "registered" in second.output)
     os.kill(deputy, signal.SIGCONT)
-    wait_for("the deputy's end", lambda: not is_there(deputy), 5)
+    wait_for("the deputy's end", lambda: not is_there(deputy))
 
 
 def test_a_deputy_that_was_killed_or_had_to_beat_is_replaced(
@@ -234,7 +252,12 @@ def test_a_deputy_that_was_killed_or_had_to_beat_is_replaced(
     os.kill(first, signal.SIGKILL)
     wait_for("another deputy", lambda: children_of(worker) not in ([], [first]))
     second = deputy_of(worker)
-    completed(master, master.submit_one("hold_interpreter", task_data={"seconds": 1.5}))
+    task_id = master.submit_one("hold_interpreter", task_data={"until": str(tmp_path / "go")})
+    wait_for("the task to hold it", (tmp_path / "go.begun").exists)
+    for _ in range(3):  # the first one may have been on its way before
+        wait_for_a_beat(master)
+    (tmp_path / "go").touch()
+    completed(master, task_id)
     wait_for("a small deputy", lambda: children_of(worker) not in ([], [second]))
     assert not is_there(second)
     assert worker.stop() == 0
@@ -261,23 +284,31 @@ def signs_of_life(fake: Any) -> list[float]:
     return [at for at, sent in fake.heard if sent.get("holding", ()) is None]
 
 
+def patched_worker(folder: Path, patch: str) -> str:
+    """A script that is worker.py with that change."""
+    script = folder / "patched_worker.py"
+    head = f"import os, random, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport worker\n"
+    script.write_text(f"{head}from executors.device import holding, link\n{patch}\nos._exit(worker.main())")
+    return str(script)
+
+
 def test_a_deputy_beats_with_nothing_but_the_boot_id_and_not_for_ever(
     programs: list[Program], fake: FakeMaster, tmp_path: Path
 ) -> None:
-    patient = tmp_path / "impatient_worker.py"
-    patient.write_text(
-        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport worker\n"
-        "import executors.device.holding\nexecutors.device.holding.SHORTEST_PATIENCE_SECONDS = 1.0\n"
-        "worker.DEPUTY_EXTRA_SECONDS = 0.5\nos._exit(worker.main())"
-    )
-    task = fake.give("hold_interpreter", {"seconds": 5}, execution_timeout_seconds=1)
-    start_worker(programs, fake, tmp_path / "shop-1", script=str(patient), task_timeout=1)
-    fake.wait_for_report(task, 20)
-    held_for = [at for at, sent in fake.heard if sent.get("holding")]  # type: ignore[attr-defined]
-    signs = signs_of_life(fake)
-    assert len(signs) >= 3
-    last_own = max([at for at in held_for if at < signs[0]], default=signs[0])
-    assert signs[-1] - last_own < 3  # 1 + 0.5 s, and the interval
+    impatient = "holding.SHORTEST_PATIENCE_SECONDS = 1.0\nworker.DEPUTY_EXTRA_SECONDS = 0.5"
+    until = tmp_path / "go"
+    task = fake.give("hold_interpreter", {"until": str(until)}, execution_timeout_seconds=1)
+    script = patched_worker(tmp_path, impatient)
+    start_worker(programs, fake, tmp_path / "shop-1", script=script, task_timeout=1)
+
+    def is_silent() -> bool:
+        """It has beaten each 0.2 s, and no more for five times as long."""
+        signs = signs_of_life(fake)
+        return until.with_suffix(".begun").exists() and bool(signs) and time.monotonic() - signs[-1] > 1
+
+    fake.wait_for(is_silent, "the deputy to give up")
+    until.touch()
+    fake.wait_for_report(task)
     sent = next(sent for _, sent in fake.heard if sent["holding"] is None)  # type: ignore[attr-defined]
     assert sent == {"boot_id": fake.registers[0]["boot_id"], "seq": 0, "holding": None}
     assert fake.authorizations == {"Bearer key-of-this-test"}
@@ -286,10 +317,26 @@ def test_a_deputy_beats_with_nothing_but_the_boot_id_and_not_for_ever(
 def test_a_deputy_does_not_call_a_master_that_its_worker_waits_for(
     programs: list[Program], fake: FakeMaster, tmp_path: Path
 ) -> None:
-    fake.script["beat"].extend(lambda sent: fake._beat(sent) and Answer(500, {"code": "bug"}) for _ in range(4))
-    start_worker(programs, fake, tmp_path / "shop-1")
-    fake.wait_for(lambda: len(fake.beats) >= 6, "the beats after the failures", 40)
-    assert signs_of_life(fake) == []
+    """After a failure the worker waits for longer than the deputy would; here always as long as it may."""
+    longest = patched_worker(tmp_path, "random.uniform = lambda low, high: high")
+    waits, failed_at = [0.5, 1.0], []
+    usual = fake._beat
+
+    def fails(sent: dict[str, Any]) -> Any:
+        reply = usual(sent)
+        if sent["holding"] is None or len(failed_at) == len(waits):
+            return reply
+        failed_at.append(time.monotonic())
+        return Answer(500, {"code": "bug"})
+
+    fake._beat = fails  # type: ignore[method-assign]
+    start_worker(programs, fake, tmp_path / "shop-1", script=longest)
+    own_beats = lambda: [beat for beat in fake.beats if beat["holding"] is not None]  # noqa: E731
+    fake.wait_for(lambda: len(own_beats()) > len(waits), "the beat after the failures")
+    for failed, wait in zip(
+        failed_at, waits
+    ):  # a sign that was late on its way, or came for a late beat, is none of it
+        assert not [sign for sign in signs_of_life(fake) if failed + wait / 2 < sign < failed + wait]
 
 
 # ---- a master that is away, or is none ----
@@ -299,28 +346,24 @@ def test_through_an_hour_of_failures_it_keeps_its_results_and_goes_on_by_itself(
     programs: list[Program], tmp_path: Path
 ) -> None:
     """An hour has some 120 tries, with waits of up to a minute; here with waits of up to 20 ms."""
-    quick = tmp_path / "quick_worker.py"
-    quick.write_text(
-        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport worker\nfrom executors.device import link\n"
-        "link.LONGEST_BACKOFF_SECONDS = 0.02\nos._exit(worker.main())"
-    )
+    quick = patched_worker(tmp_path, "link.LONGEST_BACKOFF_SECONDS = 0.02")
     with FakeMaster() as fake:
         fake.next_seconds = 0.2
         ends, goes_on = fake.give("echo", {"sleep_seconds": 1}), fake.give("obedient")
         some = {"concurrent_tasks": 2, "drain_seconds": 0}
-        worker = start_worker(programs, fake, tmp_path / "shop-1", script=str(quick), **some)
+        worker = start_worker(programs, fake, tmp_path / "shop-1", script=quick, **some)
         started = lambda: fake.reports_of(ends, starts=True) and fake.reports_of(goes_on, starts=True)  # noqa: E731
         fake.wait_for(started, "the starts")
         port = fake.port
     tries = 0
     with socket.create_server(("127.0.0.1", port)) as hangs_up:
-        hangs_up.settimeout(30)
+        hangs_up.settimeout(60)
         while tries < 120:
             hangs_up.accept()[0].close()
             tries += 1
     with FakeMaster(port) as again:
         again.registers.append({"boot_id": fake.registers[0]["boot_id"]})
-        assert again.wait_for_report(ends, 20)["outcome"] == "completed"
+        assert again.wait_for_report(ends)["outcome"] == "completed"
         again.wait_for(lambda: again.beats and again.is_holding(goes_on, "running"), "a beat")
         assert worker.stop() == 0
         assert worker.output.count("master lost") == 1 and worker.output.count("master back") == 1
@@ -338,10 +381,11 @@ def test_no_wrong_answer_to_any_call_costs_a_result_or_ends_the_device(
     for route in ("register", "beat", "pull", "report"):
         fake.script[route].extend([answer, answer])
     tasks = [fake.give("echo", {"n": n}) for n in range(3)]
-    worker = start_worker(programs, fake, tmp_path / "shop-1", reconnect_seconds=0)
+    at_once = patched_worker(tmp_path, "random.uniform = lambda low, high: low")
+    worker = start_worker(programs, fake, tmp_path / "shop-1", script=at_once)
     for n, task in enumerate(tasks):
-        assert fake.wait_for_report(task, 30)["result"] == {"echo": {"n": n}}
-    fake.wait_for(lambda: not any(fake.script.values()) and fake.beats, "every route asked again", 30)
+        assert fake.wait_for_report(task)["result"] == {"echo": {"n": n}}
+    fake.wait_for(lambda: not any(fake.script.values()) and fake.beats, "every route asked again")
     assert worker.stop() == 0
     assert [len(fake.reports_of(task)) for task in tasks] == [1, 1, 1]
 
@@ -411,12 +455,12 @@ def test_killed_at_any_step_every_task_is_accepted_exactly_once(
     def live(point: str) -> int:
         doomed = Doomed(point, master, tmp_path / point, point)
         programs.append(doomed)
-        code = doomed.wait(20)
+        code = doomed.wait()
         spooled[point] = doomed.spooled()
         doomed.point = ""
         doomed.start()
-        wait_for(f"the second life of {point}", lambda: "registered" in doomed.output, 30)
-        wait_for(f"the tasks of {point}", lambda: master.states(point) == {"completed": 12}, 30)
+        wait_for(f"the second life of {point}", lambda: "registered" in doomed.output)
+        wait_for(f"the tasks of {point}", lambda: master.states(point) == {"completed": 12})
         assert doomed.stop() == 0
         return code
 
@@ -510,13 +554,13 @@ def test_a_cancel_and_a_drain_reach_a_full_device_long_before_its_next_heartbeat
     wait_for("the first one to run", lambda: master.get(f"/tasks/{running}")["status"] == "running")
     clicked = time.monotonic()
     master.call("POST", f"/tasks/{running}/cancel", {})
-    wait_for("the second one to run", lambda: master.get(f"/tasks/{waiting}")["status"] in ("assigned", "running"), 5)
+    wait_for("the second one to run", lambda: master.get(f"/tasks/{waiting}")["status"] in ("assigned", "running"))
     print(f"cancelled and replaced in {time.monotonic() - clicked:.3f} s")
     wait_for("a full device", lambda: master.get("/devices")["devices"][0]["status"] == "busy")
     master.call("PUT", "/devices/shop-1/status", {"status": "draining"})
-    wait_for("the drain", lambda: "the master says drain" in worker.output, 5)
+    wait_for("the drain", lambda: "the master says drain" in worker.output)
     master.call("PUT", "/devices/shop-1/status", {"status": "active"})
-    wait_for("the end of the drain", lambda: "the master says go on" in worker.output, 5)
+    wait_for("the end of the drain", lambda: "the master says go on" in worker.output)
 
 
 # ---- a disk that is full, broken or slow ----
@@ -543,7 +587,7 @@ def test_a_device_that_cannot_write_says_so_takes_nothing_and_recovers(
             wait_for_a_beat(master)
         return task_id if master.get(f"/tasks/{task_id}")["status"] == "pending" else None
 
-    later = wait_for("the device to take nothing", left_waiting, 20)
+    later = wait_for("the device to take nothing", left_waiting)
     resource.prlimit(worker.process.pid, resource.RLIMIT_FSIZE, (hard, hard))
     assert completed(master, later)["status"] == "completed"
     wait_for("the device to say that it is over", lambda: device_problem(master) is None)
@@ -585,10 +629,9 @@ def test_a_disk_that_stalls_costs_no_beat_and_no_task(programs: list[Program], m
     worker = start_worker(programs, master, tmp_path / "shop-1", heartbeat_interval=0.3, stalled_while=stalls)
     task_id = master.submit_one("echo")
     wait_for("the sync that hangs", lambda: "the disk stalls" in worker.output)
-    began = time.monotonic()
-    while time.monotonic() - began < 2 * QUICK["device_timeout"]:
-        assert master.get("/devices")["devices"][0]["status"] in ("online", "busy")
-        assert master.get(f"/tasks/{task_id}")["status"] != "completed"  # not sent before it is on the disk
+    for _ in range(5):
+        wait_for_a_beat(master)
+    assert master.get(f"/tasks/{task_id}")["status"] != "completed"  # not sent before it is on the disk
     stalls.unlink()
     task = completed(master, task_id)
     assert (len(task["attempts"]), task["lost_count"]) == (1, 0)

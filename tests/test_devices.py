@@ -120,7 +120,7 @@ def test_a_sign_of_life_keeps_a_device_online_and_says_nothing_about_its_tasks(w
     for _ in range(5):
         world.now += 200
         beat = devices.Beat("boot-1", 0, None)
-        assert world.store.write(devices.beat, world.presence, "shop-1", beat, keep_history=True) == ([], "active")
+        assert world.store.write(devices.beat, world.presence, "shop-1", beat, keep_history=True)[:2] == ([], "active")
         assert world.store.write(devices.release_silent, world.presence, 300.0) == 0
     assert (world.row(delivered)["status"], world.row(running)["status"]) == ("assigned", "running")
     seen = device(world)
@@ -267,3 +267,115 @@ def test_a_step_of_the_wall_clock_releases_nothing(world: World) -> None:
     world.wall_offset = 7200.0
     assert world.store.write(devices.release_silent, world.presence, 300.0) == 0
     assert world.presence.watching_since == START
+
+
+# -- beats of idle devices, which are taken in memory and written together
+
+
+def test_beats_of_idle_devices_are_written_together(world: World) -> None:
+    names = [f"shop-{n}" for n in range(50)]
+    for name in names:
+        world.register(name)
+        world.be_idle(name)
+    world.now += 30
+    written = len(world.rows("SELECT id FROM af_device_heartbeat"))
+    for name in names:
+        world.beat(name, cpu_usage=50.0)
+    assert len(world.rows("SELECT id FROM af_device_heartbeat")) == written
+    assert {row["last_heartbeat_at"] for row in world.rows("SELECT * FROM af_device")} == {world.now - 30}
+    world.store.write(devices.write_beats, world.presence)
+    rows = world.rows("SELECT * FROM af_device")
+    assert {(row["last_heartbeat_at"], row["cpu_usage"]) for row in rows} == {(world.now, 50.0)}
+    assert len(world.rows("SELECT id FROM af_device_heartbeat WHERE heartbeat_at = ?", world.now)) == 50
+
+
+def test_a_device_whose_beats_are_not_written_yet_is_not_silent(world: World) -> None:
+    world.register()
+    world.be_idle()
+    for _ in range(10):
+        world.now += 200
+        world.beat()
+        world.store.write(devices.release_silent, world.presence, 300.0)
+        assert world.presence.online == {"shop-1"}
+
+
+def test_an_idle_device_that_gets_a_task_and_does_not_hold_it_loses_it_as_any_other(world: World) -> None:
+    world.register()
+    world.be_idle()
+    task_id = world.submit()
+    world.take()
+    for _ in range(2):
+        assert world.row(task_id)["status"] == "assigned"
+        world.now += 30
+        world.beat()
+    assert world.row(task_id)["status"] == "pending"
+
+
+def test_a_beat_that_was_judged_before_a_change_does_not_make_its_device_idle(world: World) -> None:
+    world.register()
+    world.be_idle()
+    heard = devices.Beat("boot-1", 1000, ())
+    judged = world.store.write(devices.beat, world.presence, "shop-1", heard, keep_history=True)
+    world.submit()
+    world.take()
+    world.presence.remember_idle("shop-1", judged)
+    assert world.presence.idle_device("shop-1", "boot-1") is None
+
+
+@pytest.mark.parametrize("wanted", ["draining", "disabled"])
+def test_an_idle_device_hears_what_is_wanted_of_it_with_its_next_beat(world: World, wanted: str) -> None:
+    world.register()
+    world.be_idle()
+    world.store.write(devices.set_wanted, "shop-1", wanted, None)
+    heard = devices.Beat("boot-1", 1000, ())
+    assert world.presence.beat_idle("shop-1", heard, world.now, world.now, keep_history=True) is None
+    assert world.store.write(devices.beat, world.presence, "shop-1", heard, keep_history=True).wanted == wanted
+
+
+def test_an_overtaken_beat_of_an_idle_device_changes_nothing(world: World) -> None:
+    world.register()
+    world.be_idle()
+    world.beats["shop-1"] = 10
+    world.beat(cpu_usage=50.0)
+    world.beats["shop-1"] = 5
+    world.beat(cpu_usage=1.0)
+    assert device(world)["cpu_usage"] == 50.0
+
+
+def test_the_unwritten_beat_of_an_older_process_does_not_reach_its_successor(world: World) -> None:
+    world.register()
+    world.be_idle()
+    late = devices.Unwritten("shop-1", devices.Beat("boot-1", 1000, ()), world.now, world.now, True)
+    world.register(boot_id="boot-2")
+    world.presence.unwritten.append(late)
+    beats = len(world.rows("SELECT id FROM af_device_heartbeat"))
+    world.store.write(devices.write_beats, world.presence)
+    assert device(world)["heartbeat_seq"] == 0
+    assert len(world.rows("SELECT id FROM af_device_heartbeat")) == beats
+
+
+def test_unwritten_beats_are_written_before_their_device_says_goodbye_or_is_removed(world: World) -> None:
+    world.register()
+    world.be_idle()
+    world.now += 30
+    world.beat(cpu_usage=50.0)
+    world.beat(is_leaving=True)
+    assert len(world.rows("SELECT id FROM af_device_heartbeat WHERE cpu_usage = 50")) == 1
+    world.register(boot_id="boot-2")
+    world.beats["shop-1"] = 0
+    world.be_idle()
+    world.beat()
+    world.store.write(devices.forget, world.presence, "shop-1")
+    world.store.write(devices.write_beats, world.presence)
+    assert world.rows("SELECT id FROM af_device_heartbeat") == []
+
+
+def test_a_fleet_is_as_big_as_it_was_before_the_master_started_again(world: World) -> None:
+    for n in range(3):
+        world.register(f"shop-{n}")
+    world.beat("shop-2", is_leaving=True)
+    world.presence = devices.Presence(world.now, world.store.write(devices.count_devices))
+    assert world.presence.device_count == 2
+    for n in range(3, 7):
+        world.register(f"shop-{n}")
+    assert world.presence.device_count == 4

@@ -15,6 +15,7 @@ import artifacts
 import db
 import devices
 import dispatcher
+import judging
 import reads
 import scheduler
 import schema
@@ -207,7 +208,7 @@ DEFAULTS = settings.Settings()
     [
         f"on {db.LOST_ON_DEVICES_LIMIT} different devices, or {db.LOST_LIMIT} times in all",
         f"The newest {db.KEPT_ATTEMPTS} attempts are kept",
-        f"up to {db.ARTIFACTS_LIMIT} an attempt, each up to `max_artifact_bytes` ({DEFAULTS.max_artifact_bytes // 2**20} MiB)",
+        f"up to {judging.ARTIFACTS_LIMIT} an attempt, each up to `max_artifact_bytes` ({DEFAULTS.max_artifact_bytes // 2**20} MiB)",
         f"by {db.GRACE_SECONDS:g} s and a second for each {db.SLOWEST_UPLOAD_BYTES // 1024} KiB",
         f"the last {artifacts.KEPT_FREE_BYTES // 2**20} MiB of the disk",
         f"more than `artifact_max_bytes` ({DEFAULTS.artifact_max_bytes // 2**30} GiB) wait",
@@ -216,7 +217,8 @@ DEFAULTS = settings.Settings()
         f"at most {dispatcher.LANE_LIMIT}: top priority first",
         f"at most {dispatcher.TASKS_A_VISIT} tasks a visit",
         f"at most {dispatcher.CANDIDATE_LIMIT} candidates",
-        f"come back in {dispatcher.BUSY_POLL_SECONDS * 0.5:g} to {dispatcher.BUSY_POLL_SECONDS * 1.5:g} s",
+        f"come back in {dispatcher.BUSY_POLL_SECONDS[0] * 0.5:g} to {dispatcher.BUSY_POLL_SECONDS[0] * 1.5:g} s, later (up"
+        f" to {dispatcher.BUSY_POLL_SECONDS[1] * 1.5:g} s) where they would be more than {dispatcher.BUSY_POLLS_A_SECOND} a second",
         f"at most {writer.GROUP_LIMIT} jobs",
         f"stops at its limit or after {reads.PAGE_SECONDS * 1000:g} ms",
         f"stop at {reads.COUNT_CAP:,}",

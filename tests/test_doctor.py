@@ -20,6 +20,7 @@ from typing import Any
 
 import farm
 import pytest
+from farm import reserved_port
 
 import settings
 from executors.device import doctor
@@ -160,9 +161,9 @@ def test_an_unknown_name_ends_the_way_but_not_the_examination(examine: Callable[
 
 
 def test_a_port_where_nothing_listens(examine: Callable[..., Said]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        port = closed.getsockname()[1]
-    [(mark, text)] = examine(f"http://127.0.0.1:{port}")["connection"]
+    with reserved_port() as place:
+        port = place.getsockname()[1]
+        [(mark, text)] = examine(f"http://127.0.0.1:{port}")["connection"]
     assert mark == "fix" and f"nothing listens at 127.0.0.1 port {port}" in text and "--host 0.0.0.0" in text
 
 
@@ -233,7 +234,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["req", "-new", "-key", "key.pem", "-out", "request.pem", *name],
         ["x509", "-req", "-in", "request.pem", "-key", "key.pem", "-days", "0", "-out", "expired.pem"],
     ):  # fmt: skip
-        subprocess.run(["openssl", *command], cwd=folder, check=True, capture_output=True, timeout=30)
+        subprocess.run(["openssl", *command], cwd=folder, check=True, capture_output=True, timeout=60)
     return folder
 
 

@@ -186,7 +186,7 @@ def test_the_robots_reader_in_it_is_not_held_up_by_wildcards(pyz: Path, tmp_path
         "print(linear_protego().__file__, rules.allows('http://a/' + 'a' * 300, 'x'), rules.allows('http://a/x.pdf', 'x'))\n"
     )
     command = [PYTHONS[version], "-I", "-S", "-W", "error", "-c", code, str(pyz)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=20)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "worker.pyz" in done.stdout and done.stdout.split()[1:] == ["True", "False"]
 
@@ -258,7 +258,7 @@ def test_it_registers_crawls_and_isolates_on_a_bare_python(
         ]
         return states == {"completed": len(PAGES) + 1}
 
-    farm.wait_for("the crawl and the isolated task", is_done, 20)
+    farm.wait_for("the crawl and the isolated task", is_done)
     result = master.get(f"/tasks/{where}")["result"]
     assert result["process"] != device.process.pid, "a process of its own"
     assert "worker.pyz" in result["requests"], "the child lives out of the same file"
@@ -306,29 +306,29 @@ def test_the_master_hands_it_out_with_its_sha256_and_once_only(
     master = farm.Master(tmp_path / "master", api_key=KEY, worker_file=str(built))
     programs.append(master)
     url = f"{master.url}/edge/worker.pyz"
-    absent = requests.get(url, timeout=10)
+    absent = requests.get(url, timeout=60)
     assert (absent.status_code, absent.json()["code"]) == (404, "not_built") and "`make edge`" in absent.json()[
         "detail"
     ]
-    assert requests.get(f"{url}.sha256", timeout=10).status_code == 404
+    assert requests.get(f"{url}.sha256", timeout=60).status_code == 404
     assert master.get("/system/overview")["has_worker_file"] is False
 
     built.parent.mkdir()
     shutil.copy(pyz, built)
-    given = requests.get(url, timeout=10)
+    given = requests.get(url, timeout=60)
     digest = hashlib.sha256(pyz.read_bytes()).hexdigest()
     assert given.status_code == 200 and given.content == pyz.read_bytes()
     assert given.headers["ETag"] == f'"{digest}"'
     assert given.headers["Content-Disposition"] == 'attachment; filename="worker.pyz"'
     assert given.headers["X-Content-Type-Options"] == "nosniff"
-    assert requests.get(f"{url}.sha256", timeout=10).text == f"{digest}  worker.pyz\n"
-    assert requests.get(url, headers={"If-None-Match": f'"{digest}"'}, timeout=10).status_code == 304
+    assert requests.get(f"{url}.sha256", timeout=60).text == f"{digest}  worker.pyz\n"
+    assert requests.get(url, headers={"If-None-Match": f'"{digest}"'}, timeout=60).status_code == 304
     assert master.get("/system/overview")["has_worker_file"] is True
 
     newer = tmp_path / "newer"
     newer.write_bytes(b"the next build")
     newer.replace(built)
-    again = requests.get(url, headers={"If-None-Match": f'"{digest}"'}, timeout=10)
+    again = requests.get(url, headers={"If-None-Match": f'"{digest}"'}, timeout=60)
     assert (again.status_code, again.content) == (200, b"the next build")
 
 

@@ -79,7 +79,7 @@ def test_closing_ends_every_stream_at_once_and_opens_no_more() -> None:
     reader = threading.Thread(target=lambda: rest.extend(stream))
     reader.start()
     events.close()
-    reader.join(10)
+    reader.join(60)
     assert not reader.is_alive() and rest == []
     assert events.stream(None) is None
 
@@ -107,6 +107,17 @@ def test_many_changes_of_a_kind_in_one_commit_are_one_line_and_one_event(caplog:
         "release count=100 first_task=1 last_task=100 device=shop-1",
     ]
     assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
+
+
+def test_notes_that_tell_of_many_tasks_are_summed_up_with_all_of_them() -> None:
+    events = Events()
+    events.hear([Note("task", "assign", {"count": 50, "first_task": n * 100, "last_task": n * 100 + 49, "status": "assigned"})
+                 for n in range(1, 22)])  # fmt: skip
+    stream = events.stream(0)
+    assert stream is not None
+    next(stream)
+    (found,) = facts_of([next(stream)])
+    assert found == {"verb": "assign", "count": 1050, "first_task": 100, "last_task": 2149, "status": "assigned"}
 
 
 def test_what_others_wrote_forges_neither_a_log_line_nor_an_event(caplog: pytest.LogCaptureFixture) -> None:

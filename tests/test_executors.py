@@ -419,7 +419,7 @@ def test_parallel_tasks_keep_their_prints_apart() -> None:
     barrier = threading.Barrier(8)
 
     def work(task_data: dict[str, Any]) -> dict[str, Any]:
-        barrier.wait(10)
+        barrier.wait(60)
         for i in range(200):
             print(task_data["name"], i)
             logging.getLogger("mine").info("%s logged %d", task_data["name"], i)
@@ -435,7 +435,7 @@ def test_parallel_tasks_keep_their_prints_apart() -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(20)
+            thread.join(60)
     assert len(outcomes) == 8
     for name, outcome in outcomes.items():
         lines = outcome.log_tail.splitlines()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import hashlib
+import re
 import subprocess
 from pathlib import Path
 
@@ -19,24 +21,32 @@ HOUSE: dict[str, tuple[str, str]] = {
     "values": ("msgspec", "which values may be stored is no matter of routes or tables"),
     "wire": ("msgspec values", "what a valid message is, is no matter of routes or tables"),
     "access": ("settings", "who may ask is decided before anything else is looked at"),
-    "writer": ("peewee", "how a write becomes durable has nothing to do with tasks"),
+    "latency": ("", "how long something took is a number, whatever it was"),
+    "writer": ("peewee latency", "how a write becomes durable has nothing to do with tasks"),
     "schema": ("peewee", "tables know no verbs"),
     "transaction": ("", "what a job has changed so far is plain bookkeeping"),
     "limits": ("transaction", "how many may run is counted, wherever the tasks come from"),
     "lanes": ("limits schema transaction", "where a task waits is known before any verb"),
     "db": ("lanes limits schema transaction", "transitions know no HTTP, no schedule and no strategy"),
+    "judging": ("db limits schema transaction", "what a report may still do is decided before any verb"),
     "retention": ("transaction", "what is over is deleted, whatever it was"),
-    "devices": ("db schema transaction", "what a device is needs the verbs, not the API"),
+    "devices": ("db judging schema transaction", "what a device is needs the verbs, not the API"),
     "store": ("peewee schema transaction writer", "the file and its lock are no matter of tasks"),
     "listing": ("", "how a list is walked is SQL alone"),
     "backlog": ("reads", "questions never use a verb"),
     "reads": ("peewee listing schema", "questions never use a verb"),
+    "series": ("reads", "questions never use a verb"),
+    "progress": ("reads series", "questions never use a verb"),
+    "fleet": ("reads", "questions never use a verb"),
+    "attention": ("reads schema", "questions never use a verb"),
+    "history": ("reads transaction", "what is kept of what happened is what the verbs noted"),
+    "about": ("db schema settings writer", "what is told of the master changes nothing"),
     "dispatcher": (
         "db devices limits schema store strategies transaction writer",
         "dispatch knows no HTTP and no schedule",
     ),
     "scheduler": (
-        "schedule db devices dispatcher lanes limits retention store transaction",
+        "schedule db devices dispatcher history lanes limits retention store transaction",
         "what time does knows no HTTP",
     ),
     "events": ("transaction", "telling what happened changes nothing"),
@@ -44,18 +54,27 @@ HOUSE: dict[str, tuple[str, str]] = {
     "export": ("msgspec", "a file format is no matter of routes or tables"),
     "metrics": ("prometheus_client reads", "one home for Prometheus"),
     "openapi": ("msgspec values", "the document is made from types, not from handlers"),
-    "artifacts": ("db reads store transaction writer", "where files lie is no matter of routes"),
-    "web": ("bottle access artifacts devices openapi reads strategies wire writer", "one home for bottle"),
+    "replies": ("msgspec openapi", "the document is made from types, not from handlers"),
+    "artifacts": ("db judging reads store transaction writer", "where files lie is no matter of routes"),
+    "web": ("bottle access artifacts devices latency openapi reads strategies wire writer", "one home for bottle"),
+    "api_batches": ("db history progress reads store transaction web wire", "a part of api.py, with a question of its own"),
+    "api_devices": ("devices fleet reads settings store web wire writer", "a part of api.py, with a question of its own"),
     "api_limits": ("backlog lanes limits store web wire", "a part of api.py, with a question of its own"),
+    "api_system": (
+        "about access attention backlog dispatcher edge events fleet history latency openapi reads reasons scheduler schema series"
+        " settings store strategies web wire writer",
+        "a part of api.py, with a question of its own",
+    ),
     "api": (
-        "msgspec access api_limits artifacts backlog db devices dispatcher edge events export metrics openapi reads reasons settings store"
-        " strategies transaction values web wire",
+        "msgspec access api_batches api_devices api_limits api_system artifacts attention backlog db devices dispatcher edge events"
+        " export fleet history judging latency metrics openapi progress reads reasons replies scheduler schema series settings store"
+        " transaction values web wire",
         "routes are thin; they never run tasks or talk to other servers",
     ),
     "server": ("granian", "how the app meets the network is no matter of the app"),
     "master": (
-        "access api api_limits artifacts backlog clock devices dispatcher edge events lanes limits metrics reads scheduler"
-        " server settings store strategies transaction web wire",
+        "access api api_limits artifacts attention backlog clock devices dispatcher edge events fleet history lanes latency limits"
+        " metrics progress reads scheduler series server settings store strategies transaction web wire writer",
         "an outline of the master; never a worker's or an executor's",
     ),
     "worker": ("settings executors", "it is copied to machines that have nothing else"),
@@ -124,10 +143,20 @@ def test_each_library_has_one_home(library: str, home: str) -> None:
 
 
 def test_the_dashboard_talks_to_the_public_api_only() -> None:
-    for path in sorted((ROOT / "static").glob("*.js")):
+    ours = [path for path in sorted((ROOT / "static").rglob("*.js")) if "vendor" not in path.parts]
+    assert len(ours) > 10
+    for path in ours:
         text = path.read_text(encoding="utf-8")
-        assert "http://" not in text.replace("http://www.w3.org", "").replace("http://HOST", ""), path.name
+        assert not re.search(r"https?://(?!www\.w3\.org|HOST|example\.org)\w", text), path.name
         assert "innerHTML" not in text and "eval(" not in text, path.name
+        assert "fetch(" not in text or path.name == "api.js", path.name
+
+
+def test_the_libraries_of_the_dashboard_are_those_that_its_list_names() -> None:
+    vendor = ROOT / "static" / "vendor"
+    told = (vendor / "README.md").read_text(encoding="utf-8")
+    for path in (*vendor.glob("*.js"), *vendor.glob("*.css")):
+        assert path.name in told and hashlib.sha256(path.read_bytes()).hexdigest() in told, path.name
 
 
 def test_no_file_of_the_house_is_named_for_nothing() -> None:

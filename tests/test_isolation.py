@@ -128,6 +128,11 @@ def after(seconds: float, why: str = "timeout") -> child.Ending:
     return lambda: (why, f"ran longer than {seconds:g} s") if time.monotonic() > end else None
 
 
+def once_there(file: Path) -> child.Ending:
+    """The time of a task is up as soon as it has made that file."""
+    return lambda: ("timeout", "ran for too long") if file.exists() else None
+
+
 @pytest.fixture
 def bench(tmp_path: Path) -> Iterator[Bench]:
     bench = Bench(tmp_path)
@@ -191,20 +196,21 @@ def test_what_an_executor_may_say_arrives_as_from_a_thread(bench: Bench, tmp_pat
 # ---- time and cancellation ----
 
 
-def test_a_busy_loop_is_ended_when_its_time_is_up_and_shows_where_it_was(bench: Bench) -> None:
-    pid = bench.pid()
-    outcome = bench.run("print('round and round')\nwhile True: pass", ending=after(0.3))
+def test_a_busy_loop_is_ended_when_its_time_is_up_and_shows_where_it_was(bench: Bench, tmp_path: Path) -> None:
+    pid, begun = bench.pid(), tmp_path / "begun"
+    code = f"print('round and round')\nPath({str(begun)!r}).touch()\nwhile True: pass"
+    outcome = bench.run(code, ending=once_there(begun))
     assert (outcome.outcome, outcome.error_type, outcome.retry) == ("failed", "timeout", True)
-    assert outcome.error_message == "ran longer than 0.3 s" and 0.3 <= outcome.duration_seconds < 3
+    assert outcome.error_message == "ran for too long" and 0 < outcome.duration_seconds < 60
     assert outcome.log_tail.startswith("round and round\n") and "TaskStopped" in outcome.log_tail
     assert not is_running(pid) and bench.pid() != pid
 
 
 def test_a_task_can_clean_up_when_it_is_ended(bench: Bench, tmp_path: Path) -> None:
-    kept = tmp_path / "kept"
-    bench.pid()
-    code = f"try:\n    while True: time.sleep(0.01)\nfinally:\n    Path({str(kept)!r}).write_text('closed')"
-    assert bench.run(code, ending=after(0.2)).error_type == "timeout"
+    kept, begun = tmp_path / "kept", tmp_path / "begun"
+    code = f"try:\n    Path({str(begun)!r}).touch()\n    while True: time.sleep(0.01)\n"
+    code += f"finally:\n    Path({str(kept)!r}).write_text('closed')"
+    assert bench.run(code, ending=once_there(begun)).error_type == "timeout"
     assert kept.read_text() == "closed"
 
 
@@ -224,7 +230,7 @@ def test_a_task_that_does_not_listen_is_killed_after_the_grace(
     monkeypatch.setattr(child, "CANCEL_GRACE_SECONDS", 0.3)
     pid = bench.pid()
     outcome = bench.run(stubborn, ending=after(0.2))
-    assert outcome.error_type == "timeout" and outcome.duration_seconds < 3
+    assert outcome.error_type == "timeout" and outcome.duration_seconds < 60
     assert not is_running(pid)
     assert bench.run("").outcome == "completed"
 
@@ -235,35 +241,33 @@ def test_nothing_that_a_task_started_outlives_its_end(bench: Bench, last: str, t
     seen: set[int] = set()
 
     def look() -> Any:
-        if ready.exists() and not seen:
-            seen.update(descendants(pid))
+        if ready.exists() and not seen and len(found := descendants(pid)) >= 6:  # itself, its guard and four sleeps
+            seen.update(found)
             (tmp_path / "seen").touch()
         return ("timeout", "late") if seen and "while" in last else None
 
     code = f"{THREE_DESCENDANTS}\nPath({str(ready)!r}).touch()\n"
     code += f"while not Path({str(tmp_path / 'seen')!r}).exists(): time.sleep(0.01)\n{last}"
     assert bench.run(code, ending=look).outcome == "failed"
-    assert len(seen) >= 6, "the child, its guard and four sleeps"
     assert not [pid for pid in seen if is_running(pid)]
 
 
-def test_a_cancelled_task_sees_it_well_within_a_second_and_keeps_its_process(bench: Bench) -> None:
-    pid = bench.pid()
-    clicked = threading.Event()
-    threading.Timer(0.2, clicked.set).start()
-    code = "while not context.cancelled: time.sleep(0.01)"
-    started = time.monotonic()
-    outcome = bench.run(code, ending=lambda: (CANCELLED, "") if clicked.is_set() else None)
-    assert outcome.error_type == CANCELLED and time.monotonic() - started < 0.2 + 0.8
+def test_a_cancelled_task_sees_it_before_it_would_be_ended_and_keeps_its_process(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child, "NOTICE_SECONDS", 30.0)
+    pid, begun = bench.pid(), tmp_path / "begun"
+    code = f"Path({str(begun)!r}).touch()\nwhile not context.cancelled: time.sleep(0.01)"
+    outcome = bench.run(code, ending=lambda: (CANCELLED, "") if begun.exists() else None)
+    assert outcome.error_type == CANCELLED and outcome.duration_seconds < 30
     assert bench.pid() == pid
     assert bench.run("answer = {'cancelled': context.cancelled}").result == {"cancelled": False}
 
 
-def test_a_cancelled_task_that_does_not_ask_is_ended_within_about_a_second(bench: Bench) -> None:
+def test_a_cancelled_task_that_does_not_ask_is_ended(bench: Bench) -> None:
     pid = bench.pid()
-    started = time.monotonic()
-    assert bench.run("time.sleep(60)", ending=lambda: (CANCELLED, "")).error_type == CANCELLED
-    assert time.monotonic() - started < 2
+    outcome = bench.run("time.sleep(300)", ending=lambda: (CANCELLED, ""))
+    assert outcome.error_type == CANCELLED and outcome.duration_seconds < 60
     assert not is_running(pid)
 
 
@@ -340,9 +344,9 @@ print("ten", end="")
 @pytest.mark.parametrize("flood", ["print('x' * 99)", "os.write(1, b'y' * 65536)", "context.progress(0.5, 'z' * 99)"])
 def test_a_task_that_never_stops_talking_is_ended_in_time(bench: Bench, flood: str) -> None:
     outcome = bench.run(f"while True: {flood}", ending=after(0.5))
-    assert outcome.error_type == "timeout" and outcome.duration_seconds < 5
+    assert outcome.error_type == "timeout" and outcome.duration_seconds < 60
     assert len(outcome.log_tail.encode()) <= task_executor.LOG_TAIL_BYTES
-    wait_for("the end of its listeners", lambda: "child" not in [thread.name for thread in threading.enumerate()], 5)
+    wait_for("the end of its listeners", lambda: "child" not in [thread.name for thread in threading.enumerate()])
 
 
 def test_noise_on_the_protocols_old_numbers_breaks_nothing(bench: Bench) -> None:
@@ -391,18 +395,19 @@ def test_a_child_is_started_at_first_need_and_does_many_tasks_of_all_kinds(bench
     assert not any(is_running(pid) for pid in pids) and not list(records.iterdir())
 
 
-def test_parallel_tasks_have_a_child_each(bench: Bench) -> None:
-    barrier, pids = threading.Barrier(3), []
+def test_parallel_tasks_have_a_child_each(bench: Bench, tmp_path: Path) -> None:
+    pids: list[int] = []
 
-    def one() -> None:
-        barrier.wait(10)
-        pids.append(bench.run("time.sleep(0.3)").result["pid"])  # type: ignore[index]
+    def one(n: int) -> None:
+        code = f"folder = Path({str(tmp_path)!r})\n(folder / 'here-{n}').touch()\n"
+        code += "while len(list(folder.glob('here-*'))) < 3: time.sleep(0.01)"
+        pids.append(bench.run(code).result["pid"])  # type: ignore[index]
 
-    threads = [threading.Thread(target=one) for _ in range(3)]
+    threads = [threading.Thread(target=one, args=(n,)) for n in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(60)
     assert len(set(pids)) == 3
 
 
@@ -430,7 +435,7 @@ def test_what_an_earlier_task_left_writing_holds_up_no_later_one(bench: Bench, i
     ending: child.Ending = (lambda: (CANCELLED, "")) if is_cancelled else lambda: None
     thread = threading.Thread(target=lambda: outcomes.append(bench.run("", ending=ending)), daemon=True)
     thread.start()
-    thread.join(10)
+    thread.join(60)
     assert outcomes, "it still listens to the earlier task"
     assert is_cancelled or outcomes[0].result != {"pid": pid}
     wait_for("the end of the first child", lambda: not is_running(pid))
@@ -470,9 +475,9 @@ while True:
     watcher.start()
     outcome = bench.run(code, ending=lambda: (CANCELLED, "") if clicked else None)
     ended = time.monotonic()
-    watcher.join(20)
+    watcher.join(60)
     assert outcome.error_type == CANCELLED and outcome.log_tail.endswith("y\n")
-    assert clicked[1] - clicked[0] < 1 and ended - clicked[0] < 0.5 + 1.0 + 1.5
+    assert clicked[1] - clicked[0] < 15 and ended - clicked[0] < 15, "0.1 s and 1.5 s, on a machine that is not busy"
 
 
 # ---- what a task leaves behind ----
@@ -490,7 +495,7 @@ while True:
          "__import__('resource').getrlimit(__import__('resource').RLIMIT_FSIZE)"),
         ("signal.signal(signal.SIGCHLD, signal.SIG_IGN)", "str(signal.getsignal(signal.SIGCHLD))"),
         ("signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})", "len(signal.pthread_sigmask(0, ()))"),
-        ("signal.setitimer(signal.ITIMER_REAL, 0.3)", "time.sleep(0.5)"),
+        ("signal.setitimer(signal.ITIMER_REAL, 60)", "signal.getitimer(signal.ITIMER_REAL)"),
         ("os.dup2(os.open('/dev/null', 1), 1)", "os.stat(1).st_ino == os.stat(2).st_ino"),
         ("sys.stdout = None", "sys.stdout is None"),
     ],
@@ -507,7 +512,7 @@ def test_what_a_task_changes_in_its_process_is_put_back_for_the_next(bench: Benc
     ("poison", "after_it"),
     [
         ("try:\n    while True: os.open('/dev/null', 0)\nexcept OSError: pass", "open('/dev/null').close()"),
-        ("threading.Timer(0.2, os._exit, [9]).start()", "time.sleep(0.4)"),
+        ("threading.Timer(60, os._exit, [9]).start()", ""),
         ("for _ in range(40): os.waitid(os.P_PID, os.posix_spawnp('true', ['true'], {}), os.WEXITED | os.WNOWAIT)", ""),
     ],
     ids=["descriptors", "a thread", "zombies"],
@@ -604,7 +609,7 @@ def stranger() -> Iterator[subprocess.Popen[bytes]]:
     yield process
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait(10)
+    process.wait(60)
 
 
 def test_what_an_earlier_process_left_is_killed_with_its_tree(
@@ -666,11 +671,12 @@ def pid_of_next(master: FakeMaster) -> int:
 
 def test_a_timeout_is_reported_and_frees_the_only_slot(master: FakeMaster, start: Callable[..., Worker]) -> None:
     start()
-    endless = give(master, "print('here')\nwhile True: pass", execution_timeout_seconds=0.5)
+    pid_of_next(master)  # so that its process is there
+    endless = give(master, "print('here')\nwhile True: pass", execution_timeout_seconds=1)
     crashed, fine = give(master, "os._exit(3)"), give(master, "answer = {'fine': True}")
     report = master.wait_for_report(endless)
     assert (report["outcome"], report["error_type"]) == ("failed", "timeout")
-    assert report["error_message"] == "ran longer than 0.5 s" and report["log_tail"].startswith("here\n")
+    assert report["error_message"] == "ran longer than 1 s" and report["log_tail"].startswith("here\n")
     report = master.wait_for_report(crashed)
     assert (report["error_type"], report["error_message"]) == ("exited", "exit code 3")
     assert master.wait_for_report(fine)["result"] == {"fine": True}
@@ -701,23 +707,23 @@ def test_progress_is_shown_by_a_beat_while_the_task_runs(master: FakeMaster, sta
     ids=["closes it", "no JSON", "an empty frame", "a huge frame"],
 )
 def test_a_task_that_tampers_with_the_connection_harms_itself_only(bench: Bench, code: str) -> None:
-    outcome = bench.run(f"{code}\ntime.sleep(60)", ending=after(10))
-    assert (outcome.outcome, outcome.error_type) == ("failed", "killed") and outcome.duration_seconds < 5
+    outcome = bench.run(f"{code}\ntime.sleep(300)", ending=after(60))
+    assert (outcome.outcome, outcome.error_type) == ("failed", "killed")
     assert bench.run("answer = {'fine': True}").result == {"fine": True}
 
 
-@pytest.mark.parametrize("code", ["while not context.cancelled: time.sleep(0.01)", "time.sleep(60)"])
+@pytest.mark.parametrize("code", ["while not context.cancelled: time.sleep(0.01)", "time.sleep(300)"])
 def test_a_cancelled_task_reports_nothing_and_its_slot_is_free(
     master: FakeMaster, start: Callable[..., Worker], tmp_path: Path, code: str
 ) -> None:
     start()
-    ended = tmp_path / "ended"
-    task = give(master, f"context.progress(0.1)\ntry:\n    {code}\nfinally:\n    Path({str(ended)!r}).touch()")
-    master.wait_for(lambda: master.is_holding(task, "running"), "its start")
+    begun, ended = tmp_path / "begun", tmp_path / "ended"
+    task = give(
+        master, f"try:\n    Path({str(begun)!r}).touch()\n    {code}\nfinally:\n    Path({str(ended)!r}).touch()"
+    )
+    wait_for("its start", begun.exists)
     master.cancel = [task["assignment_id"]]
-    clicked = time.monotonic()
-    wait_for("the task to end", ended.exists, 5)
-    assert time.monotonic() - clicked < 2, "a beat each 0.1 s here, 0.2 s to the child, 0.5 s of notice"
+    wait_for("the task to end", ended.exists)
     fine = give(master, "")
     assert master.wait_for_report(fine)["outcome"] == "completed"
     assert not master.reports_of(task)
@@ -730,10 +736,10 @@ def test_a_stop_ends_what_is_not_done_in_time_before_it_is_handed_back(
     pid = pid_of_next(master)
     task = give(master, f"{THREE_DESCENDANTS}\nPath({str(tmp_path / 'ready')!r}).touch()\ntime.sleep(60)")
     wait_for("its start", (tmp_path / "ready").exists)
-    family = descendants(pid)
+    family = wait_for("its family", lambda: len(found := descendants(pid)) >= 6 and found)
     assert worker.stop() == 0
     assert master.wait_for_report(task)["outcome"] == "released"
-    wait_for("their end", lambda: not any(is_running(member) for member in family), 5)
+    wait_for("their end", lambda: not any(is_running(member) for member in family))
 
 
 @pytest.mark.parametrize("code", ["time.sleep(60)", "re.match('(a+)+$', 'a' * 60 + 'b')"], ids=["sleeps", "holds"])
@@ -744,13 +750,12 @@ def test_nothing_outlives_a_killed_worker(
     pid = pid_of_next(master)
     give(master, f"{THREE_DESCENDANTS}\nPath({str(tmp_path / 'ready')!r}).touch()\n{code}")
     wait_for("its start", (tmp_path / "ready").exists)
-    family = descendants(pid)
-    assert len(family) >= 6
+    family = wait_for("its family", lambda: len(found := descendants(pid)) >= 6 and found)
     for member in family:  # as a service manager does, first
         if "task_process" in " ".join(psutil.Process(member).cmdline()):
             os.kill(member, signal.SIGTERM)
     worker.kill()
-    wait_for("their end", lambda: not any(is_running(member) for member in family), 10)
+    wait_for("their end", lambda: not any(is_running(member) for member in family))
 
 
 def test_leftovers_are_killed_before_the_first_pull(
@@ -768,7 +773,7 @@ def test_leftovers_are_killed_before_the_first_pull(
     worker = start()
     master.wait_for(lambda: master.pulls, "the first pull")
     assert alive_at_register == [False]
-    assert "earlier process" in worker.output
+    wait_for("the line about it", lambda: "earlier process" in worker.output)
 
 
 def test_an_idle_device_has_no_child(master: FakeMaster, start: Callable[..., Worker], tmp_path: Path) -> None:
@@ -796,4 +801,4 @@ def test_a_worker_in_one_file_starts_children_out_of_it(master: FakeMaster, tmp_
         assert str(tmp_path / "worker.pyz") in result["from"] and result["pid"] != process.pid
     finally:
         process.kill()
-        process.wait(10)
+        process.wait(60)

@@ -310,6 +310,22 @@ def test_a_clock_that_is_set_before_a_restart_ends_no_window_and_no_closing(worl
     assert len(world.pull(limit=9)) == 1
 
 
+@pytest.mark.parametrize("jump", [90.0, -30.0])
+def test_a_limit_that_is_new_after_the_clock_was_set_counts_what_was_started_before(world: World, jump: float) -> None:
+    world.register()
+    for _ in range(6):
+        world.submit(username="joe")
+    for task in world.pull(limit=2):
+        world.report(task, "completed")
+    world.now += 30
+    world.reopen(jump)
+    world.register()
+    set_limits(world, account(max_starts=3, window_seconds=60.0))
+    assert len(world.pull(limit=9)) == 1
+    world.now += 31
+    assert len(world.pull(limit=9)) == 2
+
+
 # -- what devices learn ----------------------------------------------------------------------------------------
 
 
@@ -400,13 +416,16 @@ def test_a_device_cannot_close_a_key_for_years(world: World) -> None:
 # -- lanes: fair, urgent first, and closed ones cost nothing -----------------------------------------------------
 
 
-def test_an_account_with_many_tasks_does_not_starve_one_with_few(world: World) -> None:
+def test_an_account_with_100_000_tasks_does_not_starve_one_with_10_and_priority_still_rules(world: World) -> None:
     set_limits(world, account())
-    world.register()
-    world.store.write(db.submit, [db.NewTask("echo", username="big") for _ in range(3000)])
-    few = {world.submit(username="small") for _ in range(10)}
-    got = [task.id for _ in range(10) for task in world.pull(limit=2)]
-    assert few <= set(got)
+    world.register(max_concurrent_tasks=100)
+    fill(world, 100_000, priority=5)
+    few = [world.submit(username="ann") for _ in range(10)]
+    urgent = [world.submit(username="joe", priority=6) for _ in range(4)]
+    assert [world.take().id for _ in range(4)] == urgent, "the most urgent first, although his turn was just now"
+    got = [world.take().id for _ in range(20)]
+    assert [task_id for task_id in got if task_id in few] == few
+    assert all(len(set(got[n : n + 2]) & set(few)) == 1 for n in range(0, 20, 2)), "turn by turn: the many go on, too"
 
 
 def test_priority_still_rules_over_fairness(world: World) -> None:
@@ -448,9 +467,9 @@ def test_half_a_million_tasks_of_a_closed_key_cost_what_ten_of_them_cost(tmp_pat
     assert steps[1] <= steps[0] + 2, steps
 
 
-def fill(world: World, n: int) -> None:
-    """n urgent tasks of one account, as rows: submitting half a million of them would take longer than the test."""
-    world.submit(username="joe", priority=10)
+def fill(world: World, n: int, priority: int = 10) -> None:
+    """n tasks of one account, as rows: submitting half a million of them would take longer than the test."""
+    world.submit(username="joe", priority=priority)
 
     def insert(tx: Tx) -> None:
         columns = [row[1] for row in tx.execute("PRAGMA table_info(af_crawl_tasks)") if row[1] != "id"]
@@ -623,7 +642,7 @@ def test_what_counts_for_nothing_any_more_is_forgotten(world: World) -> None:
         world.report(task, "completed")
     kept = world.submit(username="user-3")
     tidy = scheduler_module.Scheduler.forget_lanes
-    times = scheduler_module.Times(10, 60, 300, 30, 7)
+    times = scheduler_module.Times(10, 60, 300, 30, 7, 30)
     tidier = scheduler_module.Scheduler(world.store, world.dispatcher, world.presence, times)
     world.store.write(lambda tx: tidy(tidier, tx))
     assert len(world.rows("SELECT * FROM af_lane")) == 1

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 import bottle
 import pytest
+from farm import reserved_port
 
 import client
 import main
@@ -120,7 +120,7 @@ def master() -> Iterator[FakeMaster]:
         thread.start()
         yield fake
         server.shutdown()
-        thread.join(10)
+        thread.join(60)
 
 
 @pytest.fixture(autouse=True)
@@ -146,10 +146,10 @@ def run(master: FakeMaster, capsys: pytest.CaptureFixture[str]) -> Any:
     return command
 
 
-def closed_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+@pytest.fixture
+def closed_port() -> Iterator[int]:
+    with reserved_port() as place:
+        yield place.getsockname()[1]
 
 
 # ---- distribute ----
@@ -269,8 +269,8 @@ def test_a_devices_name_cannot_steer_the_terminal(run: Any, master: FakeMaster) 
     assert r"\x1b[2J\nforged" in run("distribute", "--status")[1]
 
 
-def test_status_without_a_master_is_one_sentence_and_exit_1(run: Any) -> None:
-    address = f"http://127.0.0.1:{closed_port()}"
+def test_status_without_a_master_is_one_sentence_and_exit_1(run: Any, closed_port: int) -> None:
+    address = f"http://127.0.0.1:{closed_port}"
     code, out, err = run("distribute", "--status", url=address)
     assert (code, out) == (1, "") and err.count("\n") == 1 and address in err and "--master-url" in err
 
@@ -498,9 +498,9 @@ def test_a_busy_master_is_asked_again_with_a_limit(run: Any, master: FakeMaster,
     assert code == 1 and "busy" in err and master.requests - before == client.ATTEMPTS
 
 
-def test_a_master_that_is_away_is_tried_with_growing_waits_and_then_given_up(tmp_path: Path) -> None:
+def test_a_master_that_is_away_is_tried_with_growing_waits_and_then_given_up(closed_port: int) -> None:
     waits: list[float] = []
-    away = client.Master(f"http://127.0.0.1:{closed_port()}", "", pause=waits.append)
+    away = client.Master(f"http://127.0.0.1:{closed_port}", "", pause=waits.append)
     client.FIRST_WAIT_SECONDS = 0.5  # put back by the fixture
     with pytest.raises(client.CommandFailed) as caught:
         away.post("/tasks", b"[]")
@@ -508,9 +508,9 @@ def test_a_master_that_is_away_is_tried_with_growing_waits_and_then_given_up(tmp
     assert all(later > earlier for earlier, later in zip(waits, waits[1:])) and sum(waits) < 30
 
 
-def test_more_attempts_than_usual_do_not_wait_ever_longer() -> None:
+def test_more_attempts_than_usual_do_not_wait_ever_longer(closed_port: int) -> None:
     waits: list[float] = []
-    away = client.Master(f"http://127.0.0.1:{closed_port()}", "", attempts=12, pause=waits.append, advice="have tea")
+    away = client.Master(f"http://127.0.0.1:{closed_port}", "", attempts=12, pause=waits.append, advice="have tea")
     client.FIRST_WAIT_SECONDS = 0.5  # put back by the fixture
     with pytest.raises(client.CommandFailed, match="have tea"):
         away.get("/devices")

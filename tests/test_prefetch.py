@@ -13,6 +13,7 @@ from world import World
 
 import db
 import devices
+import judging
 from dispatcher import Delivery
 from executors.device.holding import QUEUED, Holding
 from executors.device.pace import AHEAD_LIMIT, Pace
@@ -201,9 +202,9 @@ def test_reports_of_one_request_are_judged_as_they_would_be_alone(tmp_path: Path
         sent = [tasks[0], *tasks, tasks[1], tasks[0]._replace(assignment_id=999)]
         reports = [db.Report(t.assignment_id, t.lease_id, outcome, "{}", duration_seconds=0.5) for t in sent]
         if at_once:
-            answers.append(world.store.write(db.apply_reports, "shop-1", reports))
+            answers.append(world.store.write(judging.apply_reports, "shop-1", reports))
         else:
-            answers.append([world.store.write(db.apply_report, "shop-1", report) for report in reports])
+            answers.append([world.store.write(judging.apply_report, "shop-1", report) for report in reports])
         rows = world.rows("SELECT status, finished_at, started_at, end_reason FROM af_crawl_tasks ORDER BY id")
         attempts = world.rows("SELECT status, completed_at, late_outcome, duration_seconds FROM af_task_assignment")
         totals = world.rows("SELECT completed_count, failed_count, total_duration_seconds FROM af_device")
@@ -219,9 +220,44 @@ def test_a_report_of_another_device_or_a_wrong_lease_completes_nothing_among_oth
     submit(world, 2)
     mine, forged = world.pull(limit=2)
     reports = [db.Report(t.assignment_id, t.lease_id, "completed") for t in (mine, forged)]
-    assert [j.outcome for j in world.store.write(db.apply_reports, "shop-2", reports)] == ["gone", "gone"]
+    assert [j.outcome for j in world.store.write(judging.apply_reports, "shop-2", reports)] == ["gone", "gone"]
     reports[1] = reports[1]._replace(lease_id="x")
-    assert [j.outcome for j in world.store.write(db.apply_reports, "shop-1", reports)] == ["accepted", "stale"]
+    assert [j.outcome for j in world.store.write(judging.apply_reports, "shop-1", reports)] == ["accepted", "stale"]
+
+
+def test_of_two_reports_of_one_attempt_each_is_judged_by_its_own_lease(world: World) -> None:
+    world.register("shop-1")
+    submit(world, 1)
+    task = world.pull(limit=1)[0]
+    forged, true = (db.Report(task.assignment_id, lease, "completed", f'"{lease}"') for lease in ("x", task.lease_id))
+    judged = world.store.write(judging.apply_reports, "shop-1", [forged, true, true])
+    assert [j.outcome for j in judged] == ["stale", "accepted", "duplicate"]
+    assert world.rows("SELECT result FROM af_task_result") == [{"result": f'"{task.lease_id}"'}]
+
+
+def test_a_report_whose_files_are_missing_is_not_completed_by_another_one_behind_it(world: World) -> None:
+    world.register("shop-1")
+    submit(world, 1)
+    task = world.pull(limit=1)[0]
+    plain = db.Report(task.assignment_id, task.lease_id, "completed")
+    judged = world.store.write(
+        judging.apply_reports, "shop-1", [plain._replace(artifacts=(db.Artifact("a.csv", 1, "0" * 64),)), plain]
+    )
+    assert [j.outcome for j in judged] == ["artifacts_missing", "accepted"]
+    world.check_books()
+
+
+def test_what_a_completion_says_beside_its_result_is_kept_on_its_own_attempt(world: World) -> None:
+    world.register("shop-1")
+    submit(world, 3)
+    tasks = world.pull(limit=3)
+    reports = [db.Report(t.assignment_id, t.lease_id, "completed", duration_seconds=n) for n, t in enumerate(tasks)]
+    reports[1] = reports[1]._replace(log_tail="it said so", duration_seconds=None)
+    world.now += 10
+    world.store.write(judging.apply_reports, "shop-1", reports)
+    kept = world.rows("SELECT log_tail, duration_seconds FROM af_task_assignment ORDER BY id")
+    assert [tuple(row.values()) for row in kept] == [(None, 0.0), ("it said so", None), (None, 2.0)]
+    assert [world.row(task.id)["started_at"] for task in tasks] == [world.now, world.now, world.now - 2]
 
 
 # ---- the device ----

@@ -13,9 +13,12 @@ from typing import Any
 import peewee
 import pytest
 
+import backlog
 import db
+import judging
 import listing
 import openapi
+import replies
 import schema
 import store
 import wire
@@ -62,14 +65,14 @@ class Fleet:
         with self.transaction() as tx:
             task = db.get_task(tx, task_id)
             assert task is not None
-            assert db.assign(tx, [db.Gift(task, device_id, None, True)])
+            assert db.assign(tx, [task], db.Gift(device_id, None, True))
         return self.connection.execute(
             "SELECT id, lease_id FROM af_task_assignment WHERE task_id = ? ORDER BY id DESC", (task_id,)
         ).fetchone()
 
     def report(self, device_id: str, lease: tuple[int, str], outcome: str, **fields: Any) -> None:
         with self.transaction() as tx:
-            assert db.apply_report(tx, device_id, db.Report(*lease, outcome, **fields)).outcome == "accepted"
+            assert judging.apply_report(tx, device_id, db.Report(*lease, outcome, **fields)).outcome == "accepted"
 
     def finish(self, task_id: int, outcome: str = "completed", device_id: str = "d1", **fields: Any) -> None:
         self.report(device_id, self.assign(task_id, device_id), outcome, **fields)
@@ -144,6 +147,10 @@ FILTERS: list[dict[str, Any]] = [
     {"device_id": "d1", "status": ("running",)}, {"text": "com."}, {"text": "wan"}, {"text": "https://example.org/1"},
     {"text": "%"}, {"text": "w_ng"}, {"parent_id": 1}, {"created_after": START + 300}, {"created_before": START + 300},
     {"created_after": START + 200, "created_before": START + 400, "status": ("completed",)},
+    {"status": ("failed", "cancelled", "running")}, {"status": ("scheduled", "assigned")},
+    {"device_id": "d1", "status": ("pending", "failed")}, {"device_id": "d1", "status": ("scheduled",)},
+    {"device_id": "d1", "username": "wang", "task_type": "app_sync"}, {"text": "wan", "status": ("failed", "running")},
+    {"text": "com.", "batch": "two"}, {"task_type": "crawl", "app_id": "com.a", "status": ("cancelled", "completed")},
     {"created_after": START + 1e6}, {"created_before": START - 1}, {"created_after": START + 400, "batch": "two"},
 ]  # fmt: skip
 
@@ -201,6 +208,47 @@ def test_a_walk_without_any_time_still_gets_on_and_to_the_end(
     assert all_ids(filled.reads, filters, limit=50, seconds=0.0) == expected_ids(filled, filters)
     first = filled.reads.task_page({"text": "zzz"}, seconds=0.0)
     assert (first["tasks"], first["partial"]) == ([], True)
+
+
+def test_the_shortest_way_ends_a_walk_however_long_the_others_are(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("FIRST_WINDOW", "SMALLEST_WINDOW", "LARGEST_WINDOW"):
+        monkeypatch.setattr(listing, name, 10)
+    fleet.add_device("d1")
+    (needle,) = fleet.submit(username="li", unique_key="needle")
+    fleet.finish(needle, "failed", can_retry=False)
+    for task_id in fleet.submit(200, username="wang"):
+        fleet.finish(task_id, "failed", can_retry=False)
+    fleet.submit(200, username="li")
+    steps: list[int] = []
+    advance = listing._Walker.advance
+    monkeypatch.setattr(listing._Walker, "advance", lambda self, limit: (steps.append(1), advance(self, limit)))
+    of_device = {"device_id": "d1", "task_type": "crawl"}
+    for filters in (
+        {"username": "wang", "status": ("cancelled",), **of_device},
+        {"username": "nobody", "status": ("failed",), **of_device},
+        {"text": "needle", "username": "li", "status": ("failed",), **of_device},
+    ):
+        steps.clear()
+        page = fleet.reads.task_page(filters, seconds=60.0)
+        assert not page["partial"] and len(steps) <= 5
+        assert [task["id"] for task in page["tasks"]] == ([needle] if "text" in filters else [])
+
+
+def test_lanes_come_in_pages_that_look_at_a_bounded_number(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backlog, "LANES_LOOKED_AT", 4)
+    for number in range(20):
+        fleet.submit(batch=f"b{number}", run_at=fleet.now + 1e6 if number % 10 else None)
+    for task_type, found in (("crawl", 2), (None, 2), ("nothing", 0)):
+        lanes, cursor, pages = [], None, 0
+        while pages == 0 or cursor is not None:
+            page = backlog.Backlog(fleet.reads).lanes(task_type=task_type, limit=50, cursor=cursor)
+            lanes += page["lanes"]
+            cursor = int(page["next_cursor"]) if page["next_cursor"] else None
+            pages += 1
+        assert [lane["batch"] for lane in lanes] == ["b10", "b0"][:found] and pages < 10
+        assert found == 0 or pages > 1
 
 
 def test_a_page_that_is_full_is_not_partial(filled: Fleet) -> None:
@@ -442,7 +490,7 @@ def test_the_document_describes_the_rows_that_come_out(filled: Fleet) -> None:
     assert set(stats["last_hour"][0]) == fields(openapi.MinuteOut)
     assert set(filled.reads.batches()["batches"][0]) == fields(openapi.BatchOut)
     assert set(filled.reads.tasks_stats(filled.now)) == fields(openapi.TasksStatsOut)
-    assert set(filled.reads.overview(filled.now, 300)) < fields(openapi.OverviewOut)
+    assert set(filled.reads.overview(filled.now, 300)) < fields(replies.OverviewOut)
 
 
 def test_the_document_is_made_from_the_types_and_the_table() -> None:

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any, Iterator
 from unittest.mock import Mock
@@ -23,14 +24,16 @@ import pytest
 import server
 
 ROOT = Path(__file__).resolve().parent.parent
-PATIENCE = 20.0  # seconds until something that should take milliseconds is called broken
+PATIENCE = 60.0  # seconds until something that should take milliseconds is called broken
 
 APP = """
 import json, logging, signal, sys, threading
 import bottle
+import server as tested
 from server import PortInUse, Server, _InProcess
 
 options = json.loads(sys.argv[1])
+tested.IDLE_THREAD_SECONDS = options.get("idle_thread_seconds", tested.IDLE_THREAD_SECONDS)
 logging.basicConfig(level=logging.WARNING)
 handlers_before = list(logging.getLogger().handlers)
 changed = threading.Condition()
@@ -75,7 +78,7 @@ def stuck():
 @app.get("/counts/<name>/<wanted:int>")
 def wait_for_count(name, wanted):
     with changed:
-        changed.wait_for(lambda: counts[name] >= wanted, 20)
+        changed.wait_for(lambda: counts[name] >= wanted, 60)
         return dict(counts)
 
 @app.post("/wake")
@@ -149,7 +152,7 @@ if "granian_fails" in options:
 if "stopped_before" in options:
     server.stop()
 code = server.serve(
-    app, on_ready=on_ready, on_stop=on_stop, finish=finish, stop_within_seconds=options.get("stop_within_seconds", 1.0)
+    app, on_ready=on_ready, on_stop=on_stop, finish=finish, stop_within_seconds=options.get("stop_within_seconds", 30.0)
 )
 say("served", code=code)
 sys.exit(code)
@@ -214,6 +217,13 @@ class Running:
         client = socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE)
         client.sendall(request.replace("\n", "\r\n").encode())
         return client
+
+    def until_threads_go_away(self) -> None:
+        threads = Path(f"/proc/{self.process.pid}/task")
+        most, end = 0, time.monotonic() + PATIENCE
+        while (count := sum(1 for _ in threads.iterdir())) >= most:
+            most = count
+            assert time.monotonic() < end, f"{count} threads stay"
 
     def hold(self, number: int) -> list[socket.socket]:
         clients = [self.open("GET /hold HTTP/1.1\nHost: test\nConnection: close\n\n") for _ in range(number)]
@@ -331,6 +341,20 @@ def test_each_held_poll_of_a_burst_is_started_and_answered(shared: Running, numb
         assert sum(b'{"woken": true}' in reply for reply in replies) == number
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [1, 199, 1000])
+def test_each_held_poll_of_a_burst_is_started_also_while_idle_threads_go_away(number: int) -> None:
+    with running({"threads": 1100, "idle_thread_seconds": 5}) as app:
+        app.until_ready()
+        for burst in (200, number, 200, number):
+            clients = app.hold(burst)
+            app.ask("/wake", "POST")
+            assert sum(b'{"woken": true}' in everything(client) for client in clients) == burst
+            app.ask("/sleep", "POST")
+            if burst != number:
+                app.until_threads_go_away()
+
+
 def test_granian_is_nudged_for_ever_also_when_it_leaves_a_nudge_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "NUDGE_SECONDS", 0.2)
     tested = server.Server(host="127.0.0.1", port=0, threads=4)
@@ -344,7 +368,9 @@ def test_granian_is_nudged_for_ever_also_when_it_leaves_a_nudge_waiting(monkeypa
     for _ in range(50):
         client, _ = tested._listener.accept()  # on a new connection, because the first one is stuck
         client.settimeout(PATIENCE)
-        assert client.recv(4096).startswith(b"GET /nudge-")
+        if not (nudge := client.recv(4096)):  # it had given up before, on a busy machine
+            continue
+        assert nudge.startswith(b"GET /nudge-")
         assert not is_ready.is_set()
         client.sendall(b"HTTP/1.1 204 No Content\r\n\r\n")
         if is_ready.wait(1.0):  # else the answer came too late for it, on a busy machine
@@ -402,7 +428,7 @@ def test_a_body_longer_than_told_is_cut_and_the_rest_is_no_request(shared: Runni
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_a_signal_answers_every_held_poll_and_ends_with_0(name: str) -> None:
     number = 200 if name == "SIGTERM" else 20
-    with running({"stop_within_seconds": PATIENCE}) as app:  # a busy machine may need more than the usual second
+    with running() as app:
         clients = app.until_ready().hold(number)
         app.process.send_signal(getattr(signal, name))
         replies = [everything(client) for client in clients]
@@ -427,7 +453,9 @@ def test_stop_is_idempotent() -> None:
         assert app.until_ready().ask("/stop", "POST") == {"stopping": True}
         with contextlib.suppress(ProcessLookupError):
             app.process.send_signal(signal.SIGTERM)
-        assert app.exit() == (0, ["on_stop", "finish", "served"], "")
+        code, words, errors = app.exit()
+    assert code in (0, -signal.SIGTERM)  # it may come when the program has nothing more to do than to end
+    assert (words, errors) == (["on_stop", "finish", "served"], "")
 
 
 def test_a_second_sigint_ends_at_once_with_130() -> None:
@@ -448,7 +476,7 @@ def test_a_second_sigint_ends_at_once_with_130() -> None:
     ids=["a handler that hangs", "a body that never comes"],
 )
 def test_a_request_that_does_not_end_is_cut_off_and_finish_still_runs(request_text: str) -> None:
-    with running() as app, app.until_ready().open(request_text):
+    with running({"stop_within_seconds": 0.5}) as app, app.until_ready().open(request_text):
         assert app.ask("/counts/begun/1")["begun"] == 1
         app.process.send_signal(signal.SIGTERM)
         code, words, errors = app.exit()
@@ -499,7 +527,7 @@ def test_open_files_are_raised_as_far_as_needed_and_allowed(
     limits = [(soft, hard)]
     monkeypatch.setattr(resource, "getrlimit", lambda which: limits[-1])
     monkeypatch.setattr(resource, "setrlimit", lambda which, new: limits.append(new))
-    assert server._affordable_connections(3000) == connections
+    assert server._affordable_connections(3000, 3000) == connections
     assert limits[1:] == ([(raised, hard)] if raised else [])
 
 

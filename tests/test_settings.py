@@ -140,7 +140,14 @@ OWN_TEXTS = {
     "log_level": "DEBUG",
     "log_console_level": "ERROR",
 }
-SMALL = ["concurrent_tasks", "max_retry_count", "log_backup_count", "heartbeat_retention_days", "give_up_days"]
+SMALL = [
+    "concurrent_tasks",
+    "max_retry_count",
+    "log_backup_count",
+    "heartbeat_retention_days",
+    "event_retention_days",
+    "give_up_days",
+]
 OWN_NUMBERS = dict.fromkeys([*SMALL, "max_event_streams", "crawl_host_connections"], "7")
 NETWORKS = ("10.0.0.0/8", "fd00::/8")
 

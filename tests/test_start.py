@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from farm import ROOT, Master, Program, Worker, environment, wait_for
+from farm import ROOT, Master, Program, Worker, environment, reserved_port, wait_for
 
 import schema
 import store
@@ -33,7 +33,7 @@ def start(path: Path, script: str = "master.py") -> subprocess.CompletedProcess[
     """A start that ends by itself."""
     return subprocess.run(
         [sys.executable, str(ROOT / script), "--config", str(path)],
-        env=environment(), capture_output=True, text=True, timeout=30, stdin=subprocess.DEVNULL, check=False,
+        env=environment(), capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL, check=False,
     )  # fmt: skip
 
 
@@ -204,8 +204,8 @@ def test_a_killed_master_keeps_all_that_it_acknowledged(programs: list[Program],
 def test_a_worker_keeps_trying_a_master_that_is_not_there_and_ends_cleanly(
     programs: list[Program], tmp_path: Path
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    place = reserved_port()
+    port = place.getsockname()[1]
     worker = Worker(f"http://127.0.0.1:{port}", tmp_path, reconnect_seconds=0.1)
     programs.append(worker)
     wait_for("a second attempt", lambda: worker.process.poll() is not None or len(complaints(worker)) >= 1)

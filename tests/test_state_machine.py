@@ -11,6 +11,7 @@ import pytest
 from world import World
 
 import db
+import judging
 import retention
 from transaction import Policy, Tx
 
@@ -35,11 +36,11 @@ def bring_to(world: World, state: str) -> tuple[int, object]:
 
 VERBS = {
     "promote": lambda tx, task, attempt: db._move(tx, "promote", task, "pending", next_run_at=None),
-    "assign": lambda tx, task, attempt: db.assign(tx, [db.Gift(task, "shop-1", None, True)]),
-    "start": lambda tx, task, attempt: attempt and db.apply_report(tx, "shop-1", db.Report(attempt.assignment_id, attempt.lease_id, "running")).outcome == "accepted",
-    "complete": lambda tx, task, attempt: attempt and db.apply_report(tx, "shop-1", db.Report(attempt.assignment_id, attempt.lease_id, "completed")).outcome == "accepted",
-    "fail": lambda tx, task, attempt: attempt and db.apply_report(tx, "shop-1", db.Report(attempt.assignment_id, attempt.lease_id, "failed")).outcome == "accepted",
-    "snooze": lambda tx, task, attempt: attempt and db.apply_report(tx, "shop-1", db.Report(attempt.assignment_id, attempt.lease_id, "snoozed")).outcome == "accepted",
+    "assign": lambda tx, task, attempt: db.assign(tx, [task], db.Gift("shop-1", None, True)),
+    "start": lambda tx, task, attempt: attempt and judging.apply_report(tx, "shop-1", db.Report(attempt.assignment_id, attempt.lease_id, "running")).outcome == "accepted",
+    "complete": lambda tx, task, attempt: attempt and judging.apply_report(tx, "shop-1", db.Report(attempt.assignment_id, attempt.lease_id, "completed")).outcome == "accepted",
+    "fail": lambda tx, task, attempt: attempt and judging.apply_report(tx, "shop-1", db.Report(attempt.assignment_id, attempt.lease_id, "failed")).outcome == "accepted",
+    "snooze": lambda tx, task, attempt: attempt and judging.apply_report(tx, "shop-1", db.Report(attempt.assignment_id, attempt.lease_id, "snoozed")).outcome == "accepted",
     "release": lambda tx, task, attempt: attempt and db.release(tx, db.get_attempt(tx, attempt.assignment_id), "lost"),
     "cancel": lambda tx, task, attempt: db.cancel(tx, task.id),
     "requeue": lambda tx, task, attempt: db.requeue(tx, task.id),
@@ -282,6 +283,67 @@ def test_a_person_who_requeues_gives_all_chances_back(world: World) -> None:
     row = world.row(task_id)
     assert (row["retry_count"], row["error_message"], row["finished_at"], row["end_reason"]) == (0, None, None, None)
     assert world.report(world.take(), "completed").outcome == "accepted"
+
+
+def test_tasks_of_one_request_keep_their_order_and_each_its_own_fields(world: World) -> None:
+    kinds = (
+        {}, {"priority": 9}, {"batch": "b"}, {"unique_key": 'an "odd" key: \U0001f600 \\ \u2028'}, {"task_data": '{"n": 1}'},
+        {"username": "u"}, {"app_id": "a"}, {"start_date": "2026-01-01"}, {"end_date": "2026-01-31"}, {"parent_id": 7},
+        {"max_retry_count": 0}, {"execution_timeout": 5}, {"run_at": world.now + 60}, {"give_up_seconds": 60.0},
+        {"required_tags": ("b", "a")}, {"pinned_device_id": "shop-2"}, {"prefer_device_id": "shop-1"},
+        {"same_device_as": "s"}, {"prefer_seconds": 3.0},
+    )  # fmt: skip
+    tasks = [db.NewTask("echo", **kind) for kind in kinds] * 2
+    tasks[len(kinds) + 3] = db.NewTask("echo", unique_key="another")
+    answers = world.store.write(db.submit, tasks, created_by="me")
+    assert [answer.id for answer in answers] == list(range(1, 2 * len(kinds) + 1))
+    for answer, task in zip(answers, tasks, strict=True):
+        assert answer.id is not None
+        row = world.row(answer.id)
+        assert (row["status"], row["created_by"]) == (answer.status, "me")
+        assert answer.status == ("scheduled" if task.run_at else "pending")
+        assert row["next_run_at"] == task.run_at
+        assert row["required_tags"] == ('["a", "b"]' if task.required_tags else "[]")
+        waits_from = task.run_at or world.now
+        assert row["give_up_at"] == waits_from + (task.give_up_seconds or world.policy.give_up_seconds)
+        for name in ("task_type", "priority", "batch", "unique_key", "username", "app_id", "start_date", "end_date",
+                     "parent_id", "pinned_device_id", "prefer_device_id", "prefer_seconds", "same_device_as"):  # fmt: skip
+            assert row[name] == getattr(task, name), name
+        assert row["execution_timeout"] == (task.execution_timeout or world.policy.task_timeout)
+        assert row["max_retry_count"] == (world.policy.max_retry_count if task.max_retry_count is None else 0)
+    payloads = world.rows("SELECT task_id, task_data FROM af_task_payload ORDER BY task_id")
+    assert payloads == [{"task_id": n, "task_data": '{"n": 1}'} for n in (5, len(kinds) + 5)]
+    world.check_books()
+
+
+def test_what_was_read_before_a_task_changed_hands_moves_it_no_more(world: World) -> None:
+    task_id = world.submit()
+    first = world.take("shop-1")
+
+    def run(tx: Tx) -> list[bool]:
+        old = db.get_task(tx, task_id)
+        attempt = db.get_attempt(tx, first.assignment_id)
+        assert old is not None and attempt is not None
+        db.release(tx, attempt, "handed_back")
+        waiting = db.get_task(tx, task_id)
+        assert waiting is not None and db.assign(tx, [waiting], db.Gift("shop-2", None, True))
+        new = db.get_task(tx, task_id)
+        assert new is not None and new.status == old.status == "assigned"
+        return [db._move(tx, "release", task, "pending", assigned_device_id=None) for task in (old, new)]
+
+    assert world.store.write(run) == [False, True]
+
+
+def test_tasks_given_away_together_have_each_its_own_lease_and_deadline(world: World) -> None:
+    timeouts = [10, 20, 10, 30]
+    for seconds in timeouts:
+        world.submit(execution_timeout=seconds)
+    world.register()
+    given = world.pull(limit=4)
+    attempts = [world.attempt(task.assignment_id) for task in given]
+    assert [attempt["deadline_at"] - world.now - db.GRACE_SECONDS for attempt in attempts] == timeouts
+    assert [attempt["lease_id"] for attempt in attempts] == [task.lease_id for task in given]
+    assert len({task.lease_id for task in given}) == 4 and all(len(task.lease_id) == 32 for task in given)
 
 
 def test_the_same_key_in_the_same_batch_is_one_task(world: World) -> None:

@@ -109,6 +109,15 @@ def test_a_newer_database_says_which_version_it_needs(path: Path) -> None:
     assert f"schema {schema.SCHEMA_VERSION + 1}" in str(error)
 
 
+def test_an_sqlite_that_is_too_old_says_which_one_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 31, 1))
+    path = tmp_path / "new.db"
+    made = store.Store(path, policy=Policy(), moments=lambda: (1.0, 1.0))
+    with pytest.raises(DatabaseRefused, match=r"3\.33 or newer is needed"):
+        made.open()
+    assert not path.exists()
+
+
 def shape(path: Path) -> dict[str, Any]:
     """Every table's columns, in any order, and every index."""
     with contextlib.closing(sqlite3.connect(path)) as connection:
@@ -170,6 +179,30 @@ def test_a_page_of_noise_is_noticed_wherever_it_is(path: Path) -> None:
         refusal(path)
 
 
+def test_a_check_of_a_large_file_ends_when_its_time_is_up(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Large(sqlite3.Connection):
+        """Its check takes until somebody interrupts it."""
+
+        interrupted = threading.Event()
+
+        def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
+            if "quick_check" in sql:
+                assert self.interrupted.wait(60)
+                raise sqlite3.OperationalError("interrupted")
+            return super().execute(sql, *values)
+
+        def interrupt(self) -> None:
+            self.interrupted.set()
+
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda name, **options: connect(name, factory=Large, **options))
+    with caplog.at_level("INFO", "af.store"):
+        store.check_database(path, seconds=0.01)
+    assert "was checked for 0.01 s" in caplog.text
+
+
 def test_a_name_with_signs_of_an_address_is_a_name(tmp_path: Path) -> None:
     path = tmp_path / "a?b#c%20d.db"
     assert store.create_database(path) and path.exists()
@@ -207,13 +240,13 @@ def holder(path: Path) -> subprocess.Popen[str]:
 
 def test_the_lock_keeps_a_second_process_out_and_names_the_first(path: Path) -> None:
     with store.lock_database(path):
-        out, _ = (second := holder(path)).communicate(timeout=20)
+        out, _ = (second := holder(path)).communicate(timeout=60)
         assert second.returncode == 5 and f"process {os.getpid()}" in out
     first = holder(path)
     assert first.stdout is not None and first.stdout.readline() == "held\n"
     with pytest.raises(DatabaseInUse, match=f"process {first.pid}"), store.lock_database(path):
         pass
-    first.communicate(timeout=20)
+    first.communicate(timeout=60)
     assert first.returncode == 0
 
 
@@ -221,7 +254,7 @@ def test_a_killed_holder_leaves_no_lock(path: Path) -> None:
     first = holder(path)
     assert first.stdout is not None and first.stdout.readline() == "held\n"
     first.kill()
-    first.communicate(timeout=20)
+    first.communicate(timeout=60)
     with store.lock_database(path):
         pass
 
@@ -282,7 +315,7 @@ def test_dispatch_runs_in_the_same_commit_as_what_asked_for_it(world: World) -> 
     world.store.write(trace)
     commits.clear()
     task_id = world.submit()
-    pull.join(20)
+    pull.join(60)
     assert [task.id for task in pulled] == [task_id] and len(commits) == 1
 
 
@@ -314,7 +347,7 @@ def test_a_backup_of_a_live_database_opens_and_is_complete(world: World, tmp_pat
         store.backup_database(world.path, target)
     finally:
         stop.set()
-        submitter.join(20)
+        submitter.join(60)
     store.check_database(target)
     assert target.stat().st_mode & 0o777 == 0o600
     with contextlib.closing(sqlite3.connect(target)) as copy:

@@ -15,7 +15,7 @@ from peewee import SqliteDatabase
 import writer as writer_module
 from writer import StorageFailing, Writer, WriterBusy, WriterStopped
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 
 
 class Desk:

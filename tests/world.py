@@ -8,6 +8,8 @@ from typing import Any
 
 import db
 import devices
+import history
+import judging
 import limits
 from dispatcher import Delivery, Dispatcher
 from store import Store
@@ -34,6 +36,7 @@ class World:
         self.store = Store(self.path, policy=self.policy, moments=lambda: (self.now, self.now + self.wall_offset))
         self.presence = devices.Presence(self.now)
         self.dispatcher = Dispatcher(self.store, self.presence, strategy=self.strategy, max_held_polls=100)
+        self.store.keep = history.keep
         self.store.open()
         self.store.write(limits.resume_clock, "this-boot", self.now - self.jumped)
 
@@ -74,13 +77,23 @@ class World:
 
     def report(self, task: Delivery, outcome: str, device_id: str = "shop-1", **facts: Any) -> db.Judged:
         report = db.Report(task.assignment_id, task.lease_id, outcome, **facts)
-        return self.store.write(db.apply_report, device_id, report)
+        return self.store.write(judging.apply_report, device_id, report)
 
     def beat(self, device_id: str = "shop-1", holding: tuple[devices.Held, ...] | None = (), **facts: Any) -> list[int]:
         """One heartbeat; what the device must cancel."""
         seq = self.beats[device_id] = self.beats.get(device_id, 0) + 1
         heard = devices.Beat(self.boots[device_id], seq, holding, **facts)
-        return self.store.write(devices.beat, self.presence, device_id, heard, keep_history=True)[0]
+        now, wall = self.store.moments()
+        if self.presence.beat_idle(device_id, heard, now, wall, keep_history=True) is not None:
+            return []
+        taken = self.store.write(devices.beat, self.presence, device_id, heard, keep_history=True)
+        self.presence.remember_idle(device_id, taken)
+        return taken.cancel
+
+    def be_idle(self, device_id: str = "shop-1") -> None:
+        """The device beats until the master knows that it holds nothing."""
+        while self.presence.idle_device(device_id, self.boots[device_id]) is None:
+            assert self.beat(device_id) == []
 
     def release(self, task: Delivery, reason: str) -> str | None:
         def run(tx: Tx) -> str | None:

@@ -11,6 +11,7 @@ texts come as plain text, JSON or HTML. An action is one of
     slow        may pass or may not: retry after the rule's seconds, as often as the task allows
     busy        will pass: retry after the usual backoff
 
+quota and throttle are told to the master, too: no device gets a task of the same key until then, where a limit has it.
 A Retry-After of the answer goes before every wait. It must not know how a request is made.
 """
 
@@ -152,7 +153,7 @@ def raise_for(answer: Answer, key: Key, pacing: Pacing) -> None:
     if rule.action == "throttle":
         if pacing.count_throttle(key) > THROTTLES_IN_A_ROW:
             raise closed(key, hint, answer.seconds_to_midnight, f"{sentence}, and said so again and again", pacing)
-        raise Snooze(with_jitter(THROTTLE_SECONDS if hint is None else hint), sentence)
+        raise Snooze(with_jitter(THROTTLE_SECONDS if hint is None else hint), sentence, closes=key.fields)
     if rule.action == "credential":
         pacing.forbid(key.credential, CREDENTIAL_SECONDS, sentence)
         raise DoNotRetry(sentence)
@@ -165,7 +166,8 @@ def closed(key: Key, hint: Optional[float], to_midnight: float, sentence: str, p
     """The snooze until midnight, or as long as the server says; the device's other tasks of this key wait as long."""
     seconds = to_midnight if hint is None else hint
     pacing.close(key, seconds, sentence)
-    return Snooze(seconds + random.uniform(*AFTER_MIDNIGHT_SECONDS) if hint is None else with_jitter(hint), sentence)
+    wait = seconds + random.uniform(*AFTER_MIDNIGHT_SECONDS) if hint is None else with_jitter(hint)
+    return Snooze(wait, sentence, closes=key.fields)
 
 
 def with_jitter(seconds: float) -> float:

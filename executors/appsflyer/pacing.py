@@ -11,28 +11,40 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Optional
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Optional
 
 LIST_CALLS_A_MINUTE = 20
 LIST_CALLS_A_DAY = 100
 AGGREGATE_SPACING_SECONDS = 65.0
 DAY_SECONDS = 86400.0
+# Where a task may say the credential's name and the app.
+CREDENTIAL_FIELDS = ("username", "task_data.credential", "task_data.username")
+APP_FIELDS = ("app_id", "task_data.app_id")
+
+
+def field_with(value: str, task: Mapping[str, Any], fields: Sequence[str]) -> str:
+    """The first of these fields in which the task has this value; in one of them it has."""
+    named = {**task, **{f"task_data.{name}": part for name, part in (task.get("task_data") or {}).items()}}
+    return next(name for name in fields if named.get(name) == value)
 
 
 @dataclass(frozen=True)
 class Key:
-    """What AppsFlyer counts by. An empty app_id is all of the account's apps, an empty report all reports."""
+    """What AppsFlyer counts by. An empty app_id is all of the account's apps, an empty report all reports.
+
+    `fields`: those of the task that say so; tasks with the same in them would be refused with it."""
 
     url: str
     credential_name: str
     app_id: str = ""
     report: str = ""
+    fields: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def account(self) -> Key:
-        return replace(self, app_id="")
+        return replace(self, app_id="", fields=tuple(name for name in self.fields if name not in APP_FIELDS))
 
     @property
     def credential(self) -> Key:

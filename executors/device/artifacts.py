@@ -49,6 +49,7 @@ class ArtifactFiles:
     def __init__(self, folder: Path, max_bytes: int, kept: Collection[Any]) -> None:
         """`kept`: the assignments whose reports are still to be sent; all other files are deleted."""
         self._folder = folder / "artifacts"
+        self._root = str(self._folder)
         self.max_bytes = max_bytes
         self.largest_bytes = 512 * 1024 * 1024  # until the master says how large a file may be
         self._waiting: dict[Any, int] = {}
@@ -60,9 +61,14 @@ class ArtifactFiles:
             else:
                 _remove(path)
 
+    def path_of(self, assignment_id: Any) -> str:
+        """Where its executor writes; made when it asks for a first file. As text, since a Path costs as much as a short
+        task."""
+        name = re.sub(r"[^A-Za-z0-9]", "_", str(assignment_id))  # from the network: never a path
+        return f"{self._root}{os.sep}{name}"
+
     def folder_of(self, assignment_id: Any) -> Path:
-        """Where its executor writes; made when it asks for a first file."""
-        return self._folder / re.sub(r"[^A-Za-z0-9]", "_", str(assignment_id))  # from the network: never a path
+        return Path(self.path_of(assignment_id))
 
     def seal(self, assignment_id: Any, outcome: Outcome) -> Outcome:
         """Before the report of a task that ended: its files are on the disk to stay, or gone if it did not complete."""
@@ -95,15 +101,16 @@ class ArtifactFiles:
 
     def _drop_strange(self, assignment_id: Any, outcome: Outcome) -> None:
         """What lies in the folder and is none of the task's files: never sent, so gone, and said."""
-        folder = self.folder_of(assignment_id)
         try:
-            found = list(folder.iterdir())
+            with os.scandir(self.path_of(assignment_id)) as entries:
+                found = [entry.name for entry in entries]
         except FileNotFoundError:
             return  # the usual case: no file was asked for
         except OSError:
             found = []
+        folder = self.folder_of(assignment_id)
         names = {entry["name"] for entry in outcome.artifacts}
-        strange = sorted(path.name for path in found if path.name not in names or not _is_file(path))
+        strange = sorted(name for name in found if name not in names or not _is_file(folder / name))
         if strange:
             text = f"these are no files that context.artifact() named, and are not sent: {', '.join(strange)[:500]}"
             log.warning("artifacts dropped assignment=%s: %s", assignment_id, text)

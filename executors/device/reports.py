@@ -18,6 +18,7 @@ log = logging.getLogger("worker")
 
 REPORT_SECONDS = 30.0
 REPORTS_PER_REQUEST = 500
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 class Reporter:
@@ -68,7 +69,7 @@ class Reporter:
 
     def _encoded(self, content: dict[str, Any]) -> bytes:
         try:
-            payload = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+            payload = _encode(content).encode()
         except (TypeError, ValueError, RecursionError) as error:
             return self._encoded(self._failed(content, "report_refused", f"the result is not JSON: {error}"))
         if len(payload) > self.max_body_bytes - self.ENVELOPE_BYTES:

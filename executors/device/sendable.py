@@ -95,7 +95,7 @@ def strict_json(value: Any, path: str, budget: list[int], depth: int = 0) -> Any
         return clean_text(str(value))
     if isinstance(value, (int, float)):
         return strict_number(value, path)
-    if isinstance(value, Mapping):
+    if isinstance(value, (dict, Mapping)):  # dict first: a look at an abstract class costs more than the rest
         return {
             strict_key(key, path, budget): strict_json(item, f"{path}.{key}", budget, depth + 1)
             for key, item in value.items()

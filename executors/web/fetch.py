@@ -85,6 +85,14 @@ class Page:
         return (self.headers.get("Content-Type") or "").partition(";")[0].strip().lower()
 
 
+class AskedToWait(Snooze):
+    """The server of `url` does not want to be asked for a while."""
+
+    def __init__(self, page: Page, seconds: float):
+        super().__init__(seconds, f"{page.url} answered {page.status}")
+        self.url = page.url
+
+
 class Fetcher:
     """One device's way to the web; all its slots share it. Cookies live as long as one fetch."""
 
@@ -270,7 +278,7 @@ def refuse_failure(page: Page) -> None:
     """Raise what comes again later: 429, 503 with Retry-After, and 5xx. Other statuses are results."""
     wait = retry_after(page)
     if page.status == 429 or (page.status == 503 and wait is not None):
-        raise Snooze(wait or RETRY_AFTER_SECONDS, f"{page.url} answered {page.status}")
+        raise AskedToWait(page, wait or RETRY_AFTER_SECONDS)
     if page.status >= 500 or page.status < 200:
         raise Retry(f"{page.url} answered {page.status}", wait)
 

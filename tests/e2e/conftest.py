@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import pytest
 from farm import Master, Program, farm
 
-PATIENCE = 20.0  # seconds until something that should take less than one is called broken
+PATIENCE = 60.0  # seconds until something that should take less than one is called broken
 CHROMIUM_FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",

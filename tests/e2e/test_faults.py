@@ -44,6 +44,16 @@ class Sleep(TaskExecutor):
         return {"slept": task_data["seconds"]}
 
 
+class Gate(TaskExecutor):
+    def __init__(self):
+        super().__init__("gate")
+
+    def execute_task(self, task_data):
+        while not Path(task_data["file"]).exists():
+            time.sleep(0.01)
+        return {}
+
+
 class Fail(TaskExecutor):
     def __init__(self):
         super().__init__("fail")
@@ -103,13 +113,15 @@ def test_the_guides_own_executor_runs_as_printed(programs: list[Program], tmp_pa
 def test_the_tasks_of_a_killed_worker_go_to_another(programs: list[Program], tmp_path: Path, tasks_file: Path) -> None:
     master = start_master(programs, tmp_path)
     first = start_worker(programs, master, tmp_path, "shop-1", executors=[str(tasks_file)])
-    task_id = master.submit({"task_type": "sleep", "task_data": {"seconds": 1.5}})[0]
+    task_id = master.submit_one("gate", task_data={"file": str(tmp_path / "go")})
     wait_for_status(master, task_id, "running")
     first.kill()
     start_worker(programs, master, tmp_path, "shop-2", executors=[str(tasks_file)])
+    (tmp_path / "go").touch()
     task = wait_for_status(master, task_id, "completed")
-    assert [attempt["device_id"] for attempt in task["attempts"]] == ["shop-2", "shop-1"]
-    assert (task["lost_count"], task["retry_count"]) == (1, 0)
+    devices = [attempt["device_id"] for attempt in task["attempts"]]
+    assert (devices[0], devices[-1]) == ("shop-2", "shop-1")  # shop-2 may be silent too, on a machine that stands still
+    assert (task["lost_count"], task["retry_count"]) == (len(devices) - 1, 0)
 
 
 def test_a_worker_that_hung_and_came_back_cannot_overwrite_the_result(
@@ -117,9 +129,10 @@ def test_a_worker_that_hung_and_came_back_cannot_overwrite_the_result(
 ) -> None:
     master = start_master(programs, tmp_path)
     first = start_worker(programs, master, tmp_path, "shop-1", executors=[str(tasks_file)])
-    task_id = master.submit({"task_type": "sleep", "task_data": {"seconds": 0.8}})[0]
+    task_id = master.submit_one("gate", task_data={"file": str(tmp_path / "go")})
     wait_for_status(master, task_id, "running")
     os.kill(first.process.pid, signal.SIGSTOP)
+    (tmp_path / "go").touch()
     start_worker(programs, master, tmp_path, "shop-2", executors=[str(tasks_file)])
     done = wait_for_status(master, task_id, "completed")
     os.kill(first.process.pid, signal.SIGCONT)
@@ -194,12 +207,17 @@ def test_a_stopped_worker_finishes_what_it_runs_and_hands_back_the_rest(
     programs: list[Program], tmp_path: Path, tasks_file: Path
 ) -> None:
     master = start_master(programs, tmp_path)
-    worker = start_worker(programs, master, tmp_path, "shop-1", executors=[str(tasks_file)], drain_seconds=1.5)
+    worker = start_worker(programs, master, tmp_path, "shop-1", executors=[str(tasks_file)], drain_seconds=3)
     short, long = master.submit(
-        {"task_type": "sleep", "task_data": {"seconds": 0.7}}, {"task_type": "sleep", "task_data": {"seconds": 30}}
+        {"task_type": "gate", "task_data": {"file": str(tmp_path / "go")}},
+        {"task_type": "gate", "task_data": {"file": str(tmp_path / "never")}},
     )
-    wait_for_status(master, long, "running")
-    assert worker.stop() == 0
+    for task_id in (short, long):
+        wait_for_status(master, task_id, "running")
+    worker.process.send_signal(signal.SIGTERM)
+    wait_for("the drain", lambda: "drain busy=2" in worker.output)
+    (tmp_path / "go").touch()
+    assert worker.wait() == 0
     assert master.get(f"/tasks/{short}")["status"] == "completed"
     handed_back = master.get(f"/tasks/{long}")
     assert handed_back["status"] == "pending"
@@ -210,8 +228,8 @@ def test_a_stopped_worker_finishes_what_it_runs_and_hands_back_the_rest(
 def test_nothing_is_lost_or_counted_twice_when_a_worker_and_the_master_are_killed(
     programs: list[Program], tmp_path: Path, tasks_file: Path
 ) -> None:
-    """One master, three workers, 2,000 tasks; one worker and the master get SIGKILL in the middle."""
-    total = 2000
+    """One master, three workers, 1,000 tasks; one worker and the master get SIGKILL in the middle."""
+    total = 1000
     master = start_master(programs, tmp_path)
     workers = [
         start_worker(programs, master, tmp_path, f"shop-{n}", executors=[str(tasks_file)], concurrent_tasks=8)
@@ -236,7 +254,7 @@ def test_nothing_is_lost_or_counted_twice_when_a_worker_and_the_master_are_kille
             ]
             while not stop.is_set():
                 try:
-                    reply = session.post(f"{url}/api/distribution/tasks", json=body, timeout=10)
+                    reply = session.post(f"{url}/api/distribution/tasks", json=body, timeout=60)
                     if reply.ok:
                         acknowledged.update(task["id"] for task in reply.json()["tasks"])
                         break
@@ -255,7 +273,7 @@ def test_nothing_is_lost_or_counted_twice_when_a_worker_and_the_master_are_kille
         wait_for("all of them", lambda: second.states("b") == {"completed": total}, 90)
     finally:
         stop.set()
-        submitter.join(30)
+        submitter.join(60)
     ids = _all_ids(second)
     assert acknowledged <= ids and len(ids) == total
     runs = collections.Counter(int(line) for line in witness.read_text().split())
@@ -303,7 +321,7 @@ def test_an_edge_machine_needs_four_things_and_one_package(programs: list[Progra
     python = [sys.executable, "-S"]
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(packages), "HOME": str(tmp_path)}
     environment["AF_CRAWL_ALLOW_NETWORKS"] = "127.0.0.0/8"
-    probe = subprocess.run([*python, "-c", "import peewee"], env=environment, capture_output=True, timeout=30)
+    probe = subprocess.run([*python, "-c", "import peewee"], env=environment, capture_output=True, timeout=60)
     assert b"No module named 'peewee'" in probe.stderr
 
     master = start_master(programs, tmp_path / "master")
@@ -338,6 +356,6 @@ def test_an_edge_machine_needs_four_things_and_one_package(programs: list[Progra
         assert '"title":"Page A"' in "".join(lines) and '"status":404' in "".join(lines)
     finally:
         worker.terminate()
-        assert worker.wait(45) == 0
+        assert worker.wait(60) == 0
         server.kill()
-        server.wait(10)
+        server.wait(60)

@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from farm import Master, Program, Worker, wait_for
+from farm import ROOT, Master, Program, Worker, wait_for
 
 EXECUTORS = '''
 import time
@@ -47,8 +47,14 @@ class Gate(TaskExecutor):
 
 
 def start(programs: list[Program], master: Master, folder: Path, name: str) -> Worker:
+    """A worker that asks for as many short tasks as it may, also where a busy machine makes them longer."""
+    script = folder / "eager_worker.py"
+    script.write_text(
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport worker\nfrom executors.device import pace\n"
+        "pace.SHORT_SECONDS, pace.AHEAD_SECONDS = 10.0, 1000.0\nos._exit(worker.main())"
+    )
     worker = Worker(
-        master.url, folder / name, name, concurrent_tasks=1, heartbeat_interval=0.5,
+        master.url, folder / name, name, script=str(script), concurrent_tasks=1, heartbeat_interval=0.5,
         executors=[str(folder / "mine.py")],
     )  # fmt: skip
     programs.append(worker)
@@ -92,7 +98,7 @@ def test_what_waits_on_a_stopped_device_is_done_by_others_and_nothing_runs_twice
     assert (device["assigned_count"], device["max_concurrent_tasks"]) == (51, 1)
     os.kill(first.process.pid, signal.SIGSTOP)
     start(programs, master, tmp_path, "shop-2")
-    wait_for("all of them", lambda: master.states("b") == {"completed": 50}, 30)
+    wait_for("all of them", lambda: master.states("b") == {"completed": 50})
     (tmp_path / "go").touch()
     os.kill(first.process.pid, signal.SIGCONT)
 

@@ -1,0 +1,192 @@
+"""How is the system as a whole looked at and changed, over HTTP? Handlers; their routes are in api.py's table."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import about
+import history
+import openapi
+import reasons
+import wire
+from access import Access, Refused
+from attention import Attention
+from backlog import Backlog
+from dispatcher import Dispatcher
+from edge import WorkerFile
+from events import Events
+from fleet import Fleet
+from history import History
+from latency import Latency
+from reads import Reads
+from scheduler import Deletion
+from schema import EVENT_KINDS
+from series import Series
+from settings import VERSION, Settings
+from store import Store
+from strategies import STRATEGIES
+from web import Answer, Call, invalid, stream
+from writer import StorageFailing, WriterBusy, WriterStopped
+
+
+class SystemHandlers:
+    """A part of the Api, with what these handlers use."""
+
+    settings: Settings
+    store: Store
+    reads: Reads
+    backlog: Backlog
+    series: Series
+    history: History
+    fleet: Fleet
+    attention: Attention
+    latency: Latency
+    last_deletion: Callable[[], Deletion | None]
+    dispatcher: Dispatcher
+    events: Events
+    access: Access
+    worker_file: WorkerFile
+    started_at: float
+    explain: Callable[[dict[str, Any]], reasons.Explanation]
+    operations: Callable[[], Iterable[openapi.Operation]]
+
+    @property
+    def now(self) -> float:
+        return self.store.moments()[0]
+
+    # GET /system/overview -> 200 counts, rates, the oldest waiting task and why
+    def overview(self, call: Call) -> Any:
+        call.query.finish()
+        found = self.reads.overview(self.now, self.settings.device_timeout)
+        oldest = found["oldest_waiting"]
+        task = self.reads.task(oldest["task_id"]) if oldest else None
+        if task is not None:
+            why = self.explain(task)
+            found["oldest_waiting"] = {**oldest, "reason": why.reason, "detail": why.detail}
+        found["rates"] |= self.series.last_day(self.now)
+        found["paused"] = self.backlog.pauses()
+        return {
+            **found,
+            "attention": self.attention.items(*self.store.moments(), found),
+            "version": VERSION,
+            "mode": self.settings.mode,
+            "uptime_seconds": round(self.now - self.started_at, 3),
+            "strategy": self.dispatcher.strategy_name,
+            "writer_queue": self.store.writer.queue_length,
+            "held_polls": self.dispatcher.held_polls,
+            "has_worker_file": self.worker_file.is_there,
+        }
+
+    # GET /system -> 200 version, database, writer, http, retention, settings, states, transitions, task_types
+    def about_system(self, call: Call) -> Any:
+        call.query.finish()
+        now, wall = self.store.moments()
+        deletion = self.last_deletion()
+        online = self.fleet.task_types(heard_after=now - self.settings.device_timeout)
+        return {
+            **about.program(),
+            "mode": self.settings.mode,
+            "started_at": wire.iso(self.started_at + wall - now),
+            "uptime_seconds": round(now - self.started_at, 3),
+            "database": about.database(self.store.path, self.reads.counts_by_state()),
+            "writer": about.writing(self.store.writer, self.settings.max_queue_length),
+            "http": {
+                "requests": self.latency.count,
+                "request_ms": self.latency.percentiles(),
+                "held_polls": self.dispatcher.held_polls,
+                "streams": self.events.open_streams,
+            },
+            "retention": {
+                "settings": about.retention(self.settings),
+                "last_run_at": wire.iso(deletion.at) if deletion else None,
+                "deleted": {"tasks": deletion.tasks} if deletion else None,
+            },
+            "settings": about.in_force(self.settings),
+            "task_types": [
+                {"task_type": name, "devices": n, "online": online.get(name, 0)}
+                for name, n in self.fleet.task_types().items()
+            ],
+        }
+
+    # GET /system/series?hours=&task_type=&device_id=&batch= -> 200 {step_seconds, points}
+    def system_series(self, call: Call) -> Any:
+        hours = call.query.hours()
+        narrowed = {
+            "type": call.query.name("task_type"),
+            "device": call.query.name("device_id"),
+            "batch": call.query.text("batch", maximum=128),
+        }
+        call.query.finish()
+        scopes = [(scope, name) for scope, name in narrowed.items() if name is not None]
+        if len(scopes) > 1:
+            text = "Send one of task_type, device_id and batch: what was done is counted for each of them alone."
+            raise invalid(422, "invalid_field", text, "batch")
+        return self.series.points(self.now, hours, *(scopes[0] if scopes else ("all", "")))
+
+    # GET /strategy -> 200 {strategy, available}
+    def get_strategy(self, call: Call) -> Any:
+        call.query.finish()
+        return {"strategy": self.dispatcher.strategy_name, "available": self._strategies()}
+
+    # PUT /strategy {strategy} -> 200 {strategy, available}
+    def set_strategy(self, call: Call) -> Any:
+        name = wire.decode(call.body, wire.StrategyIn).strategy
+        # Only what the config names is imported: a request must not load code that the operator did not choose.
+        if name not in self._strategies():
+            text = (
+                f"strategy must be one of {', '.join(self._strategies())}; your own goes into load_balance_strategy of"
+                " the master's config as module:name."
+            )
+            raise invalid(422, "invalid_field", text, "strategy")
+        self.dispatcher.set_strategy(name)
+        self.store.write(lambda tx: tx.note("system", "strategy", strategy=name, by=call.peer))
+        return {"strategy": name, "available": self._strategies()}
+
+    def _strategies(self) -> list[str]:
+        return list(dict.fromkeys([*STRATEGIES, self.dispatcher.configured_strategy]))
+
+    # GET /events (Last-Event-ID: N) -> 200 text/event-stream
+    def stream_events(self, call: Call) -> Any:
+        last = call.environ.get("HTTP_LAST_EVENT_ID", "")
+        lines = self.events.stream(int(last) if re.fullmatch(r"[0-9]{1,18}", last) else None)
+        if lines is None:
+            raise invalid(503, "too_many_streams", "Too many event streams are open; poll instead.", retry_after=30)
+        return stream(lines, "text/event-stream", ("Cache-Control", "no-cache"))
+
+    # GET /events/history?kind=&device_id=&verb=&after=&limit=&cursor= -> 200 {events, next_cursor}
+    def event_history(self, call: Call) -> Any:
+        query = call.query
+        kind, device_id = query.choice("kind", EVENT_KINDS), query.name("device_id")
+        verb, after = query.name("verb"), query.moment("after")
+        limit = query.integer("limit", 50, minimum=1, maximum=200) or 50
+        cursor = query.integer("cursor", None, minimum=1)
+        query.finish()
+        return self.history.page(kind=kind, device_id=device_id, verb=verb, after=after, limit=limit, cursor=cursor)
+
+    # POST /login {key} -> 204 and a session cookie
+    def login(self, call: Call) -> Any:
+        key = wire.decode(call.body, wire.LoginIn).key
+        try:
+            cookie = self.access.log_in(call.environ, key)
+        except Refused as refused:
+            if refused.status == 401:
+                self._tell(history.record_failed_login, call.peer)
+            raise
+        self._tell(lambda tx: tx.note("access", "login", by=call.peer))
+        return Answer(None, 204, headers=(("Set-Cookie", cookie),))
+
+    def _tell(self, verb: Callable[..., object], *args: Any) -> None:
+        """Who may come in does not hang on whether the database takes writes."""
+        with contextlib.suppress(StorageFailing, WriterBusy, WriterStopped):
+            self.store.write(verb, *args)
+
+    # POST /logout -> 204 and the cookie is gone
+    def logout(self, call: Call) -> Any:
+        return Answer(None, 204, headers=(("Set-Cookie", self.access.log_out(call.environ)),))
+
+    # GET /openapi.json -> 200 this table as an OpenAPI 3.1 document
+    def openapi_document(self, call: Call) -> Any:
+        return openapi.build(self.operations(), version=VERSION)
