@@ -44,6 +44,10 @@ test: $(VENV)/.stamp-dev  ## all tests but the long ones, some two minutes on tw
 test-slow: $(VENV)/.stamp-dev  ## the long tests
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -m slow --timeout 1200 $(ARGS)
 
+.PHONY: torture
+torture: $(VENV)/.stamp-dev  ## kill, cut off and fill everything for SECONDS=60, and count what was lost; ARGS="--seed 1"
+	@$(BIN)/python tests/torture/torture.py --seconds $(or $(SECONDS),60) $(ARGS)
+
 .PHONY: check
 check: $(VENV)/.stamp-dev  ## ruff, mypy, and whether the generated documents are fresh
 	@$(BIN)/ruff check .

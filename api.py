@@ -171,8 +171,9 @@ class Api(BatchHandlers, DeviceHandlers, LimitHandlers, SystemHandlers):
         read = wire.decode_each_task(call.body)
         wall = self.store.moments()[1]
         new = [_new_task(task, wall) for task in read if isinstance(task, wire.TaskIn)]
-        submitted = iter(self.store.rehearse(db.submit, new, created_by=call.peer) if new else [])
+        # Before the rehearsal: an id that was only rehearsed may be another task's in a moment.
         types, newest = self.fleet.task_types(), self.reads.highest_id()
+        submitted = iter(self.store.rehearse(db.submit, new, created_by=call.peer) if new else [])
         entries = [
             _problem(task) if isinstance(task, wire.Invalid) else _previewed(task, next(submitted), types, newest)
             for task in read
@@ -304,6 +305,7 @@ class Api(BatchHandlers, DeviceHandlers, LimitHandlers, SystemHandlers):
 
     def explain(self, task: dict[str, Any]) -> reasons.Explanation:
         now, wall = self.store.moments()
+        due = task["next_run_at"]
         return reasons.explain(
             task,
             self.backlog.lane_of(task["id"], now, wall),
@@ -312,6 +314,7 @@ class Api(BatchHandlers, DeviceHandlers, LimitHandlers, SystemHandlers):
             self.dispatcher.is_asking,
             pauses=self.backlog.pauses(),
             dispatch_interval=self.settings.dispatch_interval,
+            due_seconds=max(0.0, round(wire.parse_time(due, "next_run_at") - wall, 3)) if due else None,
         )
 
     # PUT /tasks/{task_id}/assign {device_id} -> 200 {id, status}: it comes with that device's next pull

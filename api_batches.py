@@ -68,8 +68,9 @@ class BatchHandlers:
         call.query.finish()
         if name is not None:
             found = self.reads.batch(name)
-            return {"batches": [found] if found else [], "next_cursor": None}
-        return self.reads.batches(limit=limit, cursor=cursor)
+            rated = [self.progress.rated(found, self.store.moments()[0])] if found else []
+            return {"batches": rated, "next_cursor": None}
+        return self.progress.batches(self.store.moments()[0], limit=limit, cursor=cursor)
 
     # GET /batches/{name} -> 200 the batch with its rates and what is left
     def get_batch(self, call: Call) -> Any:

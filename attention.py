@@ -14,6 +14,9 @@ from schema import FAILURES_TO_PROBATION
 
 IDS_SHOWN = 5
 LONG_WAIT_SECONDS = 600.0
+STUCK = ("no_device", "wrong_device", "no_device_runs_type", "no_device_has_tags", "no_device_online")
+STUCK_SECONDS = 60.0
+"""What waits for one of these reasons waits for a person: that is told sooner."""
 MANY_FAILURES, MANY_OF_ALL = 10, 0.2
 """So many failures in an hour, and such a part of all that ended, are worth a look."""
 FAILED_LOOKED_AT = 1_000
@@ -108,7 +111,9 @@ def _paused(pauses: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _waits(oldest: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    if oldest is None or oldest["waiting_seconds"] < LONG_WAIT_SECONDS:
+    if oldest is None:
+        return []
+    if oldest["waiting_seconds"] < (STUCK_SECONDS if oldest.get("reason") in STUCK else LONG_WAIT_SECONDS):
         return []
     minutes = oldest["waiting_seconds"] // 60
     text = f"Task {oldest['task_id']} has been waiting for {minutes:.0f} min: {oldest.get('detail') or 'see why'}"

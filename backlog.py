@@ -36,7 +36,10 @@ _KEY_SQL = (
     " FROM af_limit_key AS key JOIN af_limit AS limits ON limits.id = key.limit_id"
 )
 
-
+_NEXT_SQL = (
+    "(SELECT id FROM af_crawl_tasks INDEXED BY task_queue WHERE lane_id = lane.id AND status = 'pending'"
+    " ORDER BY priority DESC, id LIMIT 1)"
+)
 _KEY_ORDER = "key.look_at IS NULL, key.is_full DESC, key.running DESC, key.id DESC"
 # A limit may have a key for each account and host there is: those to show are looked for where they can be.
 _SHOWN_SQL = (
@@ -104,7 +107,8 @@ class Backlog:
     # -- lanes and pauses -------------------------------------------------------------------------------------
 
     def lanes(self, *, task_type: str | None, limit: int, cursor: int | None) -> dict[str, Any]:
-        """{lanes, next_cursor}: lanes in which something waits, and paused ones; the newest first.
+        """{lanes, next_cursor}: lanes in which something waits, and paused ones; the newest first, each with the task
+        that goes next.
 
         A page has fewer where many others lie between: it looks at 5,000 lanes at most, and says where to go on.
         """
@@ -115,13 +119,15 @@ class Backlog:
         lanes += " id < ? ORDER BY id DESC LIMIT"
         values = (*([] if task_type is None else [task_type]), 2**63 - 1 if cursor is None else cursor)
         rows = self._reads.rows(
-            f"SELECT * FROM (SELECT {columns} FROM {lanes} {LANES_LOOKED_AT}) WHERE waiting > 0 OR paused = 1 LIMIT ?",
+            f"SELECT *, {_NEXT_SQL} FROM (SELECT {columns} FROM {lanes} {LANES_LOOKED_AT}) AS lane"
+            " WHERE waiting > 0 OR paused = 1 LIMIT ?",
             (*values, limit),
         )
         last = rows[-1:] if len(rows) == limit else None
         if last is None:
             last = self._reads.rows(f"SELECT id FROM {lanes} 1 OFFSET {LANES_LOOKED_AT - 1}", values)
-        return {"lanes": [_lane_row(row) for row in rows], "next_cursor": str(last[0][0]) if last else None}
+        found = [{**_lane_row(row[:-1]), "next_task_id": row[-1]} for row in rows]
+        return {"lanes": found, "next_cursor": str(last[0][0]) if last else None}
 
     def pauses(self) -> list[dict[str, Any]]:
         """Whatever a person holds back: everything, task types, batches, lanes; {scope, name, reason} each."""

@@ -824,6 +824,16 @@ def set_batch_state(tx: Tx, name: str, state: str, reason: str | None = None) ->
     return changed.rowcount > 0
 
 
+def resume_clock(tx: Tx, boot_id: str, boot_seconds: float) -> None:
+    """After a start: a clock that was set meanwhile ends no window of a limit, and takes nothing back that runs.
+
+    What waits ahead of a slot keeps its deadline of seconds: its device has dropped it by itself."""
+    jump = limits.resume_clock(tx, boot_id, boot_seconds)
+    if jump > 0:
+        sql = f"UPDATE af_task_assignment SET deadline_at = deadline_at + ? WHERE status IN ({ACTIVE})"
+        tx.execute(f"{sql} AND deadline_at >= assigned_at + ?", (jump, GRACE_SECONDS))
+
+
 def overdue_attempts(tx: Tx, limit: int = 500) -> Iterable[Attempt]:
     """Active attempts whose deadline has passed, longest overdue first."""
     sql = f"{_ATTEMPT_SQL} WHERE status IN ({ACTIVE}) AND deadline_at < ? ORDER BY deadline_at LIMIT ?"

@@ -27,6 +27,8 @@ BOOT_WINDOW_SECONDS = 300.0
 BOOTS_TO_CONFLICT = 3
 KEPT_BOOTS = 20
 UNCONFIRMED_SECONDS = 30.0
+MOST_UNWRITTEN = 10_000
+"""Beats that wait in memory; while the database takes none, more of them go to the writer, which says so."""
 
 
 class UnknownDevice(Exception):
@@ -155,6 +157,12 @@ class Presence:
                     self.changes += 1
                     self._idle.pop(device_id, None)
 
+    def doubt(self, device_id: str) -> None:
+        """The device's row changes: what is known of it here is not to be trusted any more."""
+        with self._lock:
+            self.changes += 1
+            self._idle.pop(device_id, None)
+
     def remember_idle(self, device_id: str, taken: Taken) -> None:
         """After the commit of its beat: it holds nothing, unless something has changed since that beat was judged."""
         if taken.idle is not None:
@@ -175,7 +183,7 @@ class Presence:
             return None
         with self._lock:
             device = self.idle_device(device_id, heard.boot_id)
-            if device is None or heard.seq <= device.heartbeat_seq:
+            if device is None or heard.seq <= device.heartbeat_seq or len(self.unwritten) >= MOST_UNWRITTEN:
                 return None
             self._idle[device_id] = device._replace(
                 heartbeat_seq=heard.seq, cpu_usage=heard.cpu_usage, memory_usage=heard.memory_usage
@@ -275,6 +283,7 @@ def register(tx: Tx, presence: Presence, new: Registration) -> Registered:
     elif device is None:
         boots = [(new.boot_id, tx.now, False)]
     _store(tx, new, boots)
+    presence.doubt(new.device_id)
     _hear(tx, presence, new.device_id)
     if is_new_boot:
         presence.last_beat.pop(new.device_id, None)

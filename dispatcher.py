@@ -252,8 +252,9 @@ class Dispatcher:
         self._assignments = 0
         self._failing: set[str] = set()
         """devices that get one task at a time"""
-        self._patience: dict[int, tuple[str, float]] = {}
-        """lane -> the device that its tasks wait for, and until when; worked out again when it is lost"""
+        self._patience: dict[int, tuple[str, float, str]] = {}
+        """lane -> the device that its tasks wait for, until when, and the lane's same_device_as; worked out again when
+        it is lost, by a walk along the lane"""
         self._may_something_go = True
         self.next_look_at = math.inf
         """When time alone may let a task go: the scheduler asks for a dispatch then."""
@@ -348,6 +349,12 @@ class Dispatcher:
                 return False
             older = self._asks.pop(ask.device_id, None)
             self._asks[ask.device_id] = ask
+            if self._presence.idle_device(ask.device_id, ask.boot_id) is not device:
+                # Something was said to the device meanwhile, perhaps before this pull could hear it.
+                del self._asks[ask.device_id]
+                if older is not None:
+                    self._asks[ask.device_id] = older
+                return False
         if older is not None and older.take():
             older.answer(Reply())
         self._presence.seen[ask.device_id] = self._store.moments()[0]
@@ -443,7 +450,7 @@ class Dispatcher:
         for ask in asks:
             ask.free = ask.limit
             if ask.device_id in self._failing:
-                ask.free, ask.ahead = (0 if db.active_attempts(tx, ask.device_id) else 1), {}
+                ask.free, ask.ahead = (0 if db.active_attempts(tx, ask.device_id) else min(1, ask.limit)), {}
         return [ask for ask in asks if ask.has_room]
 
     def _open_lanes(self, now: Round, task_types: Sequence[str]) -> tuple[list[Lane], bool]:
@@ -523,26 +530,28 @@ class Dispatcher:
         sql = "SELECT MIN(updated_at) FROM af_crawl_tasks WHERE lane_id = ? AND status = 'pending'"
         oldest = tx.one(sql, (lane.id,))[0]
         if oldest is not None:
-            self._patience[lane.id] = (device_id, oldest + lane.prefer_seconds)
+            self._patience[lane.id] = (device_id, oldest + lane.prefer_seconds, lane.same_device_as)
 
     def _is_patient(self, now: Round, lane: Lane) -> bool:
         """Does every task of the lane still wait for a device that does not ask?"""
         if lane.id not in self._patience:
             return False
-        device_id, until = self._patience[lane.id]
+        device_id, until, _ = self._patience[lane.id]
         if until > now.tx.now and all(ask.device_id != device_id for ask in now.asks):
             return True
         del self._patience[lane.id]
         return False
 
     def _next_patience(self, now: float) -> float:
-        return min((until for _, until in self._patience.values() if until > now), default=math.inf)
+        return min((until for _, until, _ in self._patience.values() if until > now), default=math.inf)
 
     def _remember(self, tx: Tx, name: str, device_id: str) -> None:
         """From now on tasks with this same_device_as go there."""
         row = tx.one("SELECT device_id FROM af_affinity WHERE name = ?", (name,))
         if row is None or row[0] != device_id:
-            self._patience.clear()
+            self._patience = {
+                lane_id: wait for lane_id, wait in self._patience.items() if wait[2] != name and wait[1] > tx.now
+            }
         sql = "INSERT OR REPLACE INTO af_affinity (name, device_id, served_at) VALUES (?, ?, ?)"
         tx.execute(sql, (name, device_id, tx.now))
 

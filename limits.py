@@ -411,14 +411,16 @@ def recount_starts(tx: Tx, limit: Limit, started: Iterable[tuple[float, Keyed]])
 # -- over a restart ------------------------------------------------------------------------------------------------
 
 
-def resume_clock(tx: Tx, boot_id: str, boot_seconds: float) -> None:
+def resume_clock(tx: Tx, boot_id: str, boot_seconds: float) -> float:
     """After a start: when the steady clock begins elsewhere than it would have been, because somebody set the wall's,
     windows and closings move along. The machine's boot clock tells, while that machine has not been started anew.
+    Returns by how many seconds.
 
     Without this, a clock set forward before a restart would end every window.
     """
     row = tx.one("SELECT value FROM af_meta WHERE key = 'clock_start'")
     before = json.loads(row[0]) if row else None
+    jump = 0.0
     if before is not None and boot_id and before["boot_id"] == boot_id:
         jump = tx.now - (before["now"] + boot_seconds - before["boot_seconds"])
         if abs(jump) > SMALLEST_JUMP_SECONDS:
@@ -431,6 +433,7 @@ def resume_clock(tx: Tx, boot_id: str, boot_seconds: float) -> None:
             tx.note("system", "clock_moved", seconds=round(jump, 1))
     start = json.dumps({"boot_id": boot_id, "boot_seconds": boot_seconds, "now": tx.now})
     tx.execute("INSERT OR REPLACE INTO af_meta (key, value) VALUES ('clock_start', ?)", (start,))
+    return jump
 
 
 def clock_jumps(tx: Tx) -> list[tuple[int, float]]:

@@ -24,6 +24,7 @@ import sys
 import threading
 from pathlib import Path
 
+import db
 import devices
 import history
 import lanes
@@ -118,7 +119,7 @@ def run(settings: Settings, path: Path, *, stop_with_stdin: bool = False) -> int
     store.keep = history.keep
     wanted = _limits(settings)
     store.open()
-    store.write(limits.resume_clock, machine_boot_id(), boot_seconds())
+    store.write(db.resume_clock, machine_boot_id(), boot_seconds())
     store.write(lanes.apply_config, wanted)
     store.write(lambda tx: tx.note("system", "master_started", version=VERSION))
     presence.expected_count = store.write(devices.count_devices)

@@ -253,6 +253,7 @@ class LaneOut(Struct, kw_only=True):
     is_held: bool
     is_stale: bool
     is_closed: bool
+    next_task_id: Optional[int]
 
 
 class LanesOut(Struct):
@@ -476,6 +477,7 @@ class BatchOut(Struct):
     reason: Optional[str]
     created_at: str
     counts: Counts
+    rate_per_second: float
 
 
 class BatchesOut(Struct):

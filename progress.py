@@ -35,10 +35,7 @@ class Progress:
         if batch is None:
             return None
         ended = self._series.ended(now, 60, "batch", name)
-        recent = ended[-RATE_MINUTES - 1 :]
-        age = now - self._reads.rows("SELECT created_at FROM af_batch WHERE name = ?", (name,))[0][0]
-        seconds = max(1.0, min(age, RATE_MINUTES * 60 + now % 60))
-        rate = sum(map(sum, recent)) / seconds
+        rate = self._rate(name, now, ended)
         left = sum(batch["counts"][state] for state in UNFINISHED)
         return {
             **batch,
@@ -47,9 +44,29 @@ class Progress:
             "failed_last_minute": ended[-2][1],
             "completed_last_hour": sum(completed for completed, _ in ended),
             "failed_last_hour": sum(failed for _, failed in ended),
-            "rate_per_second": round(rate, 3),
+            "rate_per_second": rate,
             "eta_seconds": round(left / rate, 1) if left and rate and batch["state"] == "open" else None,
         }
+
+    def batches(self, now: float, *, limit: int, cursor: int | None) -> dict[str, Any]:
+        """{batches, next_cursor}: as reads.py gives them, each with its rate."""
+        page = self._reads.batches(limit=limit, cursor=cursor)
+        return {**page, "batches": [self.rated(batch, now) for batch in page["batches"]]}
+
+    def rated(self, batch: dict[str, Any], now: float) -> dict[str, Any]:
+        """A batch with the rate of its last five minutes."""
+        name = batch["name"]
+        return {
+            **batch,
+            "rate_per_second": self._rate(name, now, self._series.ended(now, RATE_MINUTES + 1, "batch", name)),
+        }
+
+    def _rate(self, name: str, now: float, ended: list[tuple[int, int]]) -> float:
+        """Tasks that ended a second, in the last five full minutes and this one, or since the batch was made."""
+        made = self._reads.rows("SELECT created_at FROM af_batch WHERE name = ?", (name,))
+        age = now - made[0][0] if made else 0.0  # retention may have taken it since its row was read
+        seconds = max(1.0, min(age, RATE_MINUTES * 60 + now % 60))
+        return round(sum(map(sum, ended[-RATE_MINUTES - 1 :])) / seconds, 3)
 
     def failures(self, name: str, seconds: float = PAGE_SECONDS) -> dict[str, Any]:
         """{groups, is_partial}: the newest failed tasks of a batch by what went wrong, the largest group first.

@@ -37,7 +37,7 @@ class Explanation(NamedTuple):
     """`devices` has a line for each device: {device_id, excluded_because}, None when nothing excludes it.
 
     `limit` is the limit that holds the task, as backlog.py gives it; with it, `next_look_seconds` None means: when one
-    of its tasks ends.
+    of its tasks ends. Of a scheduled task: the seconds until it is due, and the limit that would hold it if it were.
     """
 
     reason: str
@@ -60,10 +60,16 @@ def explain(
     is_asking: Callable[[str], bool],
     pauses: Sequence[Row] = (),
     dispatch_interval: float | None = None,
+    due_seconds: float | None = None,
 ) -> Explanation:
-    """All rows as reads.py and backlog.py give them. The most general cause wins: a pause before a busy fleet."""
+    """All rows as reads.py and backlog.py give them. The most general cause wins: a pause before a busy fleet.
+
+    due_seconds: until a scheduled task is due.
+    """
+    limit = next((limit for limit in lane["limits"] if limit["held_by"]), None) if lane is not None else None
     if task["status"] == "scheduled":
-        return Explanation("scheduled", _scheduled(task), [])
+        detail = _scheduled(task) + (f"; meanwhile {_limited(limit)[1]}" if limit is not None else "")
+        return Explanation("scheduled", detail, [], limit, due_seconds)
     if task["status"] != "pending":
         return Explanation("not_waiting", f"the task is {task['status']}; it does not wait for a device", [])
     exclusions = {device["device_id"]: _exclusion(task, lane, device, is_asking) for device in devices}
@@ -74,7 +80,6 @@ def explain(
     paused = _paused(task, lane, batch, pauses)
     if paused:
         return Explanation(*paused, lines)
-    limit = next((limit for limit in lane["limits"] if limit["held_by"]), None) if lane is not None else None
     if limit is not None:
         return Explanation(*_limited(limit), lines, limit, limit["next_look_seconds"])
     return Explanation(*_no_device(task, list(exclusions.values())), lines, None, dispatch_interval)
@@ -164,7 +169,8 @@ def _no_device(task: Row, exclusions: list[_Exclusion | None]) -> tuple[str, str
     tags = ", ".join(task["required_tags"])
     sentences = {
         "wrong_device": f"the task is pinned to {task['pinned_device_id']}, which is not registered",
-        "no_device_runs_type": f"none of the {len(met)} devices runs task type {task_type}; start one that does",
+        "no_device_runs_type": (f"none of the {n} devices runs" if n > 1 else "the only device does not run")
+        + f" task type {task_type}; start one that does",
         "no_device_has_tags": f"no device that runs {task_type} has the tags {tags}",
         "no_device_online": f"{_devices(n)} could run it, but it {nearest.because}"
         if n == 1

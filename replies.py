@@ -67,7 +67,6 @@ class BatchProgressOut(BatchOut, kw_only=True):
     failed_last_minute: int
     completed_last_hour: int
     failed_last_hour: int
-    rate_per_second: float
     eta_seconds: Optional[float]
 
 

@@ -183,14 +183,22 @@ def _quick_check(connection: sqlite3.Connection, path: Path, seconds: float) -> 
         timer.join()  # or it would interrupt what comes next
 
 
+# What is remembered once a minute, and what a kill left behind since then: beats, and the newest task and attempt.
+_LAST_MOMENTS_SQL = (
+    "SELECT (SELECT value FROM af_meta WHERE key = 'last_now') UNION ALL SELECT MAX(last_heartbeat_at) FROM af_device"
+    " UNION ALL SELECT (SELECT created_at FROM af_crawl_tasks ORDER BY id DESC LIMIT 1)"
+    " UNION ALL SELECT (SELECT assigned_at FROM af_task_assignment ORDER BY id DESC LIMIT 1)"
+)
+
+
 def last_moment(path: Path) -> float:
     """The last moment this database has seen (epoch seconds; 0 for a new one); the clock starts after it."""
     if not path.exists():
         return 0.0
     check_database(path, seconds=0.0)
     with _reading(path) as connection:
-        row = connection.execute("SELECT value FROM af_meta WHERE key = 'last_now'").fetchone()
-    return float(row[0]) if row else 0.0
+        moments = connection.execute(_LAST_MOMENTS_SQL).fetchall()
+    return max(float(moment or 0.0) for (moment,) in moments)
 
 
 def backup_database(path: Path, target: Path) -> None:

@@ -5,7 +5,8 @@ const PATIENCE_MS = 10000;
 /** An answer that is none: `status` 0 when nobody answered; `field` and `detail` as the master wrote them. */
 export class Problem extends Error {
   constructor(status, detail, field = null) { super(detail); Object.assign(this, { status, field }); }
-  get isRefusal() { return this.status >= 400 && this.status < 500 && ![401, 408, 429].includes(this.status); }
+  /** It is about this question; the master itself is well. */
+  get isRefusal() { return this.status >= 400 && this.status <= 500 && ![401, 408, 429].includes(this.status); }
 }
 
 let skew = 0;

@@ -40,7 +40,13 @@ function App() {
   const isSignedOut = connection.state === "signed_out";
   const title = id !== null ? id : t(VIEWS[view] ? `nav_${view}` : "nav_overview");
   useEffect(() => { document.title = `${title} · ${t("title")}`; }, [title, language]);
-  useEffect(() => { scrollTo(0, 0); }, [view, id]);
+  const shown = useRef(null);
+  useEffect(() => {
+    scrollTo(0, 0);
+    // The link that was followed is gone with its view: who reads with the keyboard goes on at the new one.
+    if (shown.current !== null && document.activeElement === document.body) document.getElementById("main").focus();
+    shown.current = view;
+  }, [view, id]);
   const other = otherLanguage();
   const speak = () => { memory.set("language", other.code); setLanguage(other.code); };
   return html`<div key=${language}>

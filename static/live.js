@@ -5,11 +5,10 @@ import { API, ask } from "./api.js";
 
 const EVERY_MS = 5000, AFTER_EVENT_MS = 1000, STREAM_RETRY_MS = 15000, LONGEST_RETRY_MS = 3000, KEPT_MS = 60000;
 
-const answers = new Map();   // path -> {data, problem, at, every, users: Set, dueAt}
+const answers = new Map();   // path -> {data, problem, at, every, users: Set, dueAt, askedAt, isAsked}
 const watchers = new Set();  // who wants to know how the connection is
-const listeners = new Set(); // who wants every event
 export const connection = { state: "starting", lostAt: null, detail: "", answeredAt: null };
-let failures = 0, isSignedOut = false, isAsking = false, isStale = false, timer = 0, lastRound = -Infinity;
+let failures = 0, isSignedOut = false, timer = 0;
 
 function become(state, detail = "") {
   if (connection.state === state && connection.detail === detail) return;
@@ -21,58 +20,60 @@ function become(state, detail = "") {
 const stateNow = () => (isSignedOut ? "signed_out" : failures ? "offline" : connection.answeredAt === null ? "starting" : stream && stream.readyState === EventSource.OPEN ? "live" : "polling");
 
 function entry(path) {
-  if (!answers.has(path)) answers.set(path, { data: null, problem: null, at: null, every: EVERY_MS, users: new Set(), dueAt: 0, leftAt: 0 });
+  if (!answers.has(path)) answers.set(path, { data: null, problem: null, at: null, every: EVERY_MS, users: new Set(), dueAt: 0, askedAt: -Infinity, isAsked: false, leftAt: 0 });
   return answers.get(path);
 }
 
-// ---- Asking ---------------------------------------------------------------------------------------------------------
-async function askOne(path, one) {
-  let data = null, problem = null;
+// ---- Asking: each question by itself, so that a slow one holds up no other -------------------------------------------
+async function askOne(path, one, isProbe = false) {
+  Object.assign(one, { isAsked: true, askedAt: performance.now(), dueAt: Infinity });
+  let data = one.data, problem = null;
   try {
     data = await ask(path);
   } catch (error) {
-    if (!error.isRefusal) throw error;
-    problem = error;  // this question was refused; the master itself is well
+    problem = error;
   }
-  Object.assign(one, { data: problem ? one.data : data, problem, at: Date.now(), dueAt: performance.now() + one.every });
+  one.isAsked = false;
+  one.dueAt = Math.min(one.dueAt, performance.now() + one.every);
+  if (isSignedOut) return;
+  if (problem?.status === 401) { signOut(); return; }
+  if (problem && !problem.isRefusal) { lose(problem, isProbe); return; }
+  Object.assign(one, { data, problem, at: Date.now() });  // a refusal is of this question; the master itself is well
+  if (failures) for (const other of answers.values()) if (other !== one) other.dueAt = 0;  // what they say is from before the loss
+  failures = 0;
+  connection.answeredAt = one.at;
+  listen();
+  become(stateNow());
   for (const tell of one.users) tell();
 }
+function lose(problem, isProbe) {
+  failures = isProbe ? failures + 1 : Math.max(failures, 1);
+  connection.lostAt ??= connection.answeredAt;
+  become("offline", problem.status ? `${problem.status} ${problem.message.replace(/[.。]$/, "")}` : "");
+}
+/** Asks what is due. While nobody knows whether the master is there one question finds out; the others follow. */
 async function round() {
   clearTimeout(timer);
-  if (isAsking || isSignedOut || document.hidden) { isStale = isAsking; return; }
-  isAsking = true;
-  lastRound = performance.now();
-  const due = [...answers].filter(([, one]) => one.users.size && one.dueAt <= lastRound + 50);
-  try {
-    // After a loss one question finds out whether the master is back; the others follow.
-    if (due.length && (failures || connection.answeredAt === null)) { await askOne(...due[0]); due.shift(); }
-    await Promise.all(due.map(([path, one]) => askOne(path, one)));
-    failures = 0;
-    connection.answeredAt = Date.now();
-    listen();
-    become(stateNow());
-  } catch (problem) {
-    if (problem.status === 401) { signOut(); return; }
-    failures += 1;
-    connection.lostAt ??= connection.answeredAt;
-    become("offline", problem.status ? `${problem.status} ${problem.message}` : "");
-  } finally {
-    isAsking = false;
-    for (const [path, one] of answers) if (!one.users.size && performance.now() - one.leftAt > KEPT_MS) answers.delete(path);
-    if (isStale) { isStale = false; soon(0); } else schedule();
-  }
+  if (isSignedOut || document.hidden) return;
+  const isUnknown = failures > 0 || connection.answeredAt === null, used = [...answers].filter(([, one]) => one.users.size);
+  const due = used.filter(([, one]) => !one.isAsked && (isUnknown || one.dueAt <= performance.now() + 50));
+  if (isUnknown && due.length === used.length && due.length) { await askOne(...due[0], true); schedule(); }
+  if (isUnknown) return;
+  for (const [path, one] of due) askOne(path, one).finally(schedule);
+  schedule();
+  for (const [path, one] of answers) if (!one.users.size && performance.now() - one.leftAt > KEPT_MS) answers.delete(path);
 }
 function schedule() {
   clearTimeout(timer);
   if (isSignedOut || document.hidden) return;
-  const next = Math.min(...[...answers.values()].filter((one) => one.users.size).map((one) => one.dueAt));
+  const next = Math.min(...[...answers.values()].filter((one) => one.users.size && !one.isAsked).map((one) => one.dueAt));
   if (failures) timer = setTimeout(round, Math.min(LONGEST_RETRY_MS, 500 * 2 ** failures));
   else if (next < Infinity) timer = setTimeout(round, Math.max(0, next - performance.now()));
 }
-/** Ask everything on the page again now; or, a second after the last time, what is not asked at a slower pace on purpose. */
+/** Ask everything on the page again now; or, a second after it was asked last, what is not asked at a slower pace on purpose. */
 export function soon(pause = AFTER_EVENT_MS) {
-  for (const one of answers.values()) if (!pause || one.every <= EVERY_MS) one.dueAt = Math.min(one.dueAt, lastRound + pause);
-  if (!failures || !pause) { clearTimeout(timer); timer = setTimeout(round, Math.max(0, lastRound + pause - performance.now())); }
+  for (const one of answers.values()) if (!pause || one.every <= EVERY_MS) one.dueAt = Math.min(one.dueAt, one.askedAt + pause);
+  if (!pause) round(); else if (!failures) schedule();
 }
 
 // ---- The stream: one a tab, none while it is hidden, since a browser opens at most six connections to one master -----
@@ -82,11 +83,7 @@ function listen() {
   streamTriedAt = performance.now();
   stream = new EventSource(`${API}/events`);
   for (const kind of ["task", "device", "batch", "system", "access"]) {
-    stream.addEventListener(kind, (event) => {
-      soon();
-      const told = { id: Number(event.lastEventId), kind, at: new Date().toISOString(), facts: JSON.parse(event.data) };
-      for (const tell of listeners) tell(told);
-    });
+    stream.addEventListener(kind, () => soon());
   }
   stream.onopen = () => { if (failures) soon(0); become(stateNow()); };
   stream.onerror = () => {
@@ -136,7 +133,7 @@ export function useLive(path, every = EVERY_MS) {
     const tell = () => redraw((n) => n + 1);
     one.every = every;
     one.users.add(tell);
-    if (one.at === null || performance.now() >= one.dueAt) { one.dueAt = 0; clearTimeout(timer); timer = setTimeout(round, 0); } else schedule();
+    if (!one.isAsked && (one.at === null || performance.now() >= one.dueAt)) { one.dueAt = 0; clearTimeout(timer); timer = setTimeout(round, 0); } else schedule();
     return () => { one.users.delete(tell); one.leftAt = performance.now(); };
   }, [path, every]);
   return one || { data: null, problem: null, at: null };
@@ -144,8 +141,4 @@ export function useLive(path, every = EVERY_MS) {
 export function useConnection() {
   useRedraw(watchers);
   return connection;
-}
-/** Calls `tell({id, kind, at, facts})` for every event while the view is there. */
-export function useEvents(tell) {
-  useEffect(() => { listeners.add(tell); return () => listeners.delete(tell); }, []);
 }

@@ -5,7 +5,7 @@ import { connection, soon } from "./live.js";
 import { clock, duration, has, memory, number, t, utc } from "./text.js";
 
 export const STATES = ["scheduled", "pending", "assigned", "running", "completed", "failed", "cancelled"];
-export const WAITING = ["scheduled", "pending"], HELD = ["assigned", "running"], OPEN = [...WAITING, ...HELD];
+export const HELD = ["assigned", "running"], OPEN = ["scheduled", "pending", ...HELD];
 const TONE = {
   scheduled: "violet", pending: "amber", assigned: "blue", running: "cyan", completed: "green", failed: "red", cancelled: "gray",
   snoozed: "violet", timeout: "red", released: "amber",
@@ -143,7 +143,10 @@ export function SureButton({ onSure, children, sure, className = "danger", disab
 /** A dialog of the browser's own: focus stays in it, Escape closes it. */
 export function Dialog({ title, onClose, children, className = "" }) {
   const node = useRef(null);
-  useEffect(() => { node.current.showModal(); }, []);
+  useEffect(() => {
+    node.current.showModal();
+    node.current.querySelector("form :is(input, select, textarea)")?.focus();  // rather than the button that closes it
+  }, []);
   return html`<dialog ref=${node} class=${className} aria-label=${title} onClose=${onClose} onClick=${(event) => event.target === node.current && node.current.close()}>
     <div class="dialog-body"><div class="head"><h2>${title}</h2><button type="button" class="plain" onClick=${() => node.current.close()}>${t("close")}</button></div>${children}</div></dialog>`;
 }
@@ -152,7 +155,7 @@ export function ReasonDialog({ title, help, button, onReason, onClose }) {
   const [reason, set] = useState("");
   return html`<${Dialog} title=${title} onClose=${onClose}><form onSubmit=${(event) => { event.preventDefault(); onReason(reason.trim()); onClose(); }}>
     ${help && html`<p class="quiet">${help}</p>`}
-    <label class="field"><span>${t("reason")}</span><input value=${reason} maxLength="200" autofocus onInput=${(event) => set(event.target.value)} /></label>
+    <label class="field"><span>${t("reason")}</span><input value=${reason} maxLength="200" onInput=${(event) => set(event.target.value)} /></label>
     <button type="submit" class="main">${button}</button></form></${Dialog}>`;
 }
 export const Field = ({ label, help, problem, children, className = "" }) => html`<label class=${`field ${className}`}><span>${label}</span>${children}
@@ -209,4 +212,3 @@ export function Pages({ next, cursor }) {
 export const TaskLink = ({ id }) => html`<a href=${link("tasks", id)}>${t("task_number", { id })}</a>`;
 export const DeviceLink = ({ id, name }) => (id ? html`<a href=${link("devices", id)}>${name || id}</a>` : "–");
 export const BatchLink = ({ name }) => (name ? html`<a href=${link("batches", name)}>${name}</a>` : "–");
-export const Count = ({ n }) => html`<b class="count">${number(n)}</b>`;

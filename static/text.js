@@ -18,9 +18,10 @@ export function useWords(wanted) {
 }
 export const otherLanguage = () => (language === "zh" ? { code: "en", lang: "en", name: en.language } : { code: "zh", lang: "zh-CN", name: zh.language });
 
-/** The words of a key, with {braces} filled in; a key without words (a newer master's state) is shown as it is. */
+/** The words of a key, with {braces} filled in and {n|task|tasks} chosen: the first where n is "1". A key without words (a newer master's state) is shown as it is. */
 export function t(key, values = {}) {
-  return (Object.hasOwn(words, key) ? words[key] : String(key)).replace(/\{(\w+)\}/g, (whole, name) => values[name] ?? whole);
+  return (Object.hasOwn(words, key) ? words[key] : String(key)).replace(/\{(\w+)\|([^|}]*)\|([^}]*)\}/g, (_, name, one, more) => (String(values[name]) === "1" ? one : more))
+    .replace(/\{(\w+)\}/g, (whole, name) => values[name] ?? whole);
 }
 export const has = (key) => Object.hasOwn(words, key);
 
@@ -45,10 +46,9 @@ export function clock(at) {
   const today = moment.toDateString() === new Date().toDateString();
   return new Intl.DateTimeFormat(locale, today ? { timeStyle: "medium" } : { dateStyle: "medium", timeStyle: "short" }).format(moment);
 }
-export const hourMinute = (at) => new Intl.DateTimeFormat(locale, { hour: "2-digit", minute: "2-digit", hour12: false }).format(new Date(at));
+export const hourMinute = (at, isExact = false) => new Intl.DateTimeFormat(locale, { hour: "2-digit", minute: "2-digit", ...(isExact && { second: "2-digit" }), hourCycle: "h23" }).format(new Date(at));
 export const utc = (iso) => `${String(iso).replace("T", " ").replace("Z", "")} UTC`;
 export const sentence = (text) => (text ? text[0].toUpperCase() + text.slice(1) + (/[.!?。!?)]$/.test(text) ? "" : ".") : "");
 
 /** A waiting reason in the page's language where it has words for it, else the master's own sentence. */
 export const why = (waiting) => (has(`why_${waiting.reason}`) ? t(`why_${waiting.reason}`) : sentence(waiting.detail || waiting.reason));
-export const endReason = (task) => (has(`reason_${task.end_reason}`) ? t(`reason_${task.end_reason}`) : task.end_reason || "");

@@ -102,10 +102,13 @@ def test_a_report_closes_its_key_for_everybody_until_it_opens_by_itself(master: 
 def test_a_report_may_name_the_moment_and_a_person_may_open_it(master: Master, limits: Any, until: str) -> None:
     limits({"name": "user", "key": "username"})
     master.register("until-1", task_types=["until"], max_concurrent_tasks=10)
-    _, second = master.submit(*[{"task_type": "until", "username": "joe"}] * 2)
+    first, second = master.submit(*[{"task_type": "until", "username": "joe"}] * 2)
     [task] = pull(master, "until-1")
     master.report("until-1", task, "snoozed", snooze_seconds=3600, limit_closed_until=until)
     assert pull(master, "until-1", limit=9) == []
+    why = shaped(master.get(f"/tasks/{first}/why"), openapi.WhyOut)  # it waits for its time; the limit is told too
+    assert (why["reason"], why["limit"]["name"], why["limit"]["held_by"]) == ("scheduled", "user", "closed")
+    assert 3000 < why["next_look_seconds"] <= 3600 and "limit user for joe is closed until" in why["detail"]
     problem(master.api("POST", "/limits/none/open", {}), 404, "unknown_limit", "name")
     opened = shaped(master.call("POST", "/limits/user/open", {"value": ["joe"]}), openapi.LimitOpenedOut)
     assert opened == {"name": "user", "opened": 1}
@@ -128,7 +131,7 @@ def test_lanes_types_and_everything_are_paused_with_a_reason_that_is_shown(maste
     master.register("paused-1", task_types=["paused"], max_concurrent_tasks=10)
     task_id = master.submit_one("paused")
     [lane] = shaped(master.get("/lanes?task_type=paused"), openapi.LanesOut)["lanes"]
-    assert (lane["waiting"], lane["paused"]) == (1, False)
+    assert (lane["waiting"], lane["paused"], lane["next_task_id"]) == (1, False, task_id)
     things = [
         (f"/lanes/{lane['id']}", "lane", str(lane["id"])),
         ("/task-types/paused", "type", "paused"),

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from farm import Master, Program, wait_for
 from test_api import problem, shaped
+from world import World
 
 import db
 import openapi
 import replies
+from api import Api
+from web import Call
+from wire import Query
 
 KEY = "correct-horse-battery-staple-of-a-test"
 _numbers = iter(range(1, 10_000))
@@ -134,6 +139,9 @@ def test_a_batch_has_a_view_with_its_rate(master: Master, name: str, fail: Calla
     found = shaped(master.get(path), replies.BatchProgressOut)
     assert (found["name"], found["total"], found["failed_last_hour"]) == (batch, 2, 1)
     assert found["rate_per_second"] > 0 and found["eta_seconds"] > 0
+    for query in (f"?name={batch}", "?limit=200"):
+        listed = shaped(master.get(f"/batches{query}"), openapi.BatchesOut)["batches"]
+        assert [one["rate_per_second"] > 0 for one in listed if one["name"] == batch] == [True]
     master.call("POST", f"{path}/pause", {"reason": "later"})
     found = master.get(path)
     assert (found["state"], found["reason"], found["eta_seconds"]) == ("paused", "later", None)
@@ -224,6 +232,14 @@ def test_a_submission_can_be_tried_and_nothing_of_it_is_kept(master: Master, nam
     assert [entry["ok"] for entry in one["tasks"]] == [True]
     problem(master.api("POST", "/tasks?dryrun=true", {"task_type": name}), 422, "unknown_field", "dryrun")
     assert master.states() == before
+
+
+def test_an_id_that_was_only_rehearsed_is_never_told_as_another_tasks(world: World) -> None:
+    somebody = SimpleNamespace(highest_id=world.submit)  # who submits while the rehearsal goes on
+    api = SimpleNamespace(store=world.store, reads=somebody, fleet=SimpleNamespace(task_types=dict))
+    twice = b'[{"task_type": "echo", "unique_key": "k"}, {"task_type": "echo", "unique_key": "k"}]'
+    found = Api._preview(api, Call(twice, Query(""), {}, "", {}))  # type: ignore[arg-type]
+    assert [entry["id"] for entry in found["tasks"]] == [None, None]
 
 
 # -- what happened -----------------------------------------------------------------------------------------------

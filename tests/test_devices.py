@@ -332,6 +332,23 @@ def test_an_idle_device_hears_what_is_wanted_of_it_with_its_next_beat(world: Wor
     assert world.store.write(devices.beat, world.presence, "shop-1", heard, keep_history=True).wanted == wanted
 
 
+def test_an_idle_device_that_registers_again_gets_what_it_says_now(world: World) -> None:
+    world.register()
+    world.be_idle()
+    assert world.pull(seq=1, ack=0) == []
+    world.register(task_types=("crawl",))
+    assert world.presence.idle_device("shop-1", "boot-1") is None
+
+
+def test_beats_that_cannot_be_written_do_not_fill_the_memory(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.register()
+    world.be_idle()
+    monkeypatch.setattr("devices.MOST_UNWRITTEN", len(world.presence.unwritten) + 1)
+    heard = [devices.Beat("boot-1", seq, ()) for seq in (1000, 1001)]
+    wanted = [world.presence.beat_idle("shop-1", beat, world.now, world.now, keep_history=True) for beat in heard]
+    assert wanted == ["active", None]
+
+
 def test_an_overtaken_beat_of_an_idle_device_changes_nothing(world: World) -> None:
     world.register()
     world.be_idle()

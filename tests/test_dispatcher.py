@@ -468,6 +468,23 @@ def test_a_pull_that_was_opened_without_a_commit_gets_the_next_task(world: World
     assert [task.id for task in again] == [task_id], "its reply was not received"
 
 
+def test_a_device_that_is_told_to_drain_while_its_pull_opens_gets_no_task(world: World) -> None:
+    world.register()
+    world.be_idle()
+    assert world.pull(seq=1, ack=0) == []
+    describe, told = world.dispatcher._describe, []
+
+    def drain_meanwhile(ask: Any, device: devices.Device) -> None:
+        describe(ask, device)
+        if not told:
+            told.append(device.wanted)
+            world.store.write(devices.set_wanted, "shop-1", "draining", None)
+
+    world.dispatcher._describe = drain_meanwhile  # type: ignore[method-assign]
+    assert world.dispatcher.pull("shop-1", "boot-1", 1, 0.0, 2, 1).drain
+    assert told == ["active"]
+
+
 def test_a_pull_above_the_limit_comes_back_so_late_that_a_big_fleet_leaves_time_for_tasks(tmp_path: Path) -> None:
     world = World(tmp_path)
     world.dispatcher._max_held_polls = 0

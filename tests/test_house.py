@@ -73,7 +73,7 @@ HOUSE: dict[str, tuple[str, str]] = {
     ),
     "server": ("granian", "how the app meets the network is no matter of the app"),
     "master": (
-        "access api api_limits artifacts attention backlog clock devices dispatcher edge events fleet history lanes latency limits"
+        "access api api_limits artifacts attention backlog clock db devices dispatcher edge events fleet history lanes latency limits"
         " metrics progress reads scheduler series server settings store strategies transaction web wire writer",
         "an outline of the master; never a worker's or an executor's",
     ),

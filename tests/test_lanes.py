@@ -13,8 +13,10 @@ from world import World
 import db
 import devices
 import lanes
+from dispatcher import Lane
 from reads import Reads
 from schema import FAILURES_TO_PROBATION
+from transaction import Tx
 
 # -- pauses ----------------------------------------------------------------------------------------------------
 
@@ -125,6 +127,28 @@ def test_those_that_waited_long_enough_go_although_younger_and_more_urgent_ones_
     assert ids(world.pull("shop-2", limit=9)) == [young]
 
 
+def test_a_new_session_makes_no_other_sessions_wait_be_worked_out_again(world: World) -> None:
+    world.register("shop-1")
+    world.register("shop-2")
+    for name in ("joe@shop", "ann@shop"):
+        world.submit(same_device_as=name)
+        assert len(world.pull("shop-1")) == 1
+        world.submit(same_device_as=name)
+    assert world.pull("shop-2", limit=9) == []
+    worked_out: list[str] = []
+    be_patient = world.dispatcher._be_patient
+
+    def count(tx: Tx, lane: Lane, device_id: str) -> None:
+        worked_out.append(lane.same_device_as)
+        be_patient(tx, lane, device_id)
+
+    world.dispatcher._be_patient = count  # type: ignore[method-assign]
+    new = world.submit(same_device_as="new@shop")
+    assert ids(world.pull("shop-2", limit=9)) == [new]
+    assert world.pull("shop-2", limit=9) == []
+    assert worked_out == []
+
+
 def test_cookies_stay_where_they_are(world: World) -> None:
     world.register("shop-1")
     world.register("shop-2")
@@ -226,6 +250,13 @@ def test_a_device_that_fails_five_in_a_row_gets_one_task_at_a_time_until_it_succ
     world.report(task[0], "completed")
     assert device(world)["problem"] is None
     assert len(world.pull(limit=9)) == 9
+
+
+def test_a_failing_device_without_a_free_slot_gets_nothing(world: World) -> None:
+    fail_tasks(world, FAILURES_TO_PROBATION)
+    world.submit()
+    assert world.pull(limit=0, ahead={"echo": 5}) == []
+    assert len(world.pull(limit=9, ahead={"echo": 5})) == 1
 
 
 def test_a_device_that_lets_tasks_run_out_of_time_is_failing_too(world: World) -> None:

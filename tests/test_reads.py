@@ -24,6 +24,7 @@ import store
 import wire
 from access import ROLES
 from metrics import Metrics
+from attention import Attention
 from reads import DEVICE_STATES, TASK_COLUMNS, Counted, Reads, ReadsBusy, device_status, iso
 from transaction import Tx
 
@@ -446,6 +447,20 @@ def test_minutes_are_sixty_in_a_row_and_add_up(fleet: Fleet) -> None:
     rates = fleet.reads.rates(fleet.now)
     assert (rates["completed_last_hour"], rates["failed_last_hour"], rates["failed_last_minute"]) == (3, 1, 0)
     assert fleet.reads.rates(fleet.now + 60)["failed_last_minute"] == 1
+
+
+@pytest.mark.parametrize(
+    ("reason", "seconds", "is_told"),
+    [("all_busy", 599, False), ("all_busy", 600, True), ("no_device_runs_type", 59, False), ("no_device", 60, True)],
+)
+def test_a_long_wait_is_told_and_sooner_where_no_time_mends_it(
+    fleet: Fleet, reason: str, seconds: float, is_told: bool
+) -> None:
+    oldest = {"task_id": 7, "waiting_seconds": float(seconds), "reason": reason, "detail": "start one"}
+    rates = {"failed_last_hour": 0, "completed_last_hour": 0}
+    overview = {"rates": rates, "paused": [], "oldest_waiting": oldest}
+    items = Attention(fleet.reads, 300.0).items(START, START, overview)
+    assert [item["kind"] for item in items] == ["oldest_waiting"] * is_told
 
 
 def test_the_oldest_waiting_task_is_found_across_lanes_and_priorities(fleet: Fleet) -> None:

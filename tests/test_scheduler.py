@@ -85,6 +85,18 @@ def test_after_a_start_devices_get_time_to_report_before_a_deadline_counts(sched
     assert world.store.write(scheduler.release_overdue) == 1
 
 
+def test_a_clock_that_is_set_before_a_restart_takes_no_running_task_back(world: World, scheduler: Scheduler) -> None:
+    task_id = world.submit(execution_timeout=100)
+    world.take(start=True)
+    world.now += 30
+    world.reopen(jump=7200.0)
+    world.now += 60
+    assert world.store.write(scheduler.release_overdue) == 0
+    world.now += 50
+    assert world.store.write(scheduler.release_overdue) == 1
+    assert world.row(task_id)["retry_count"] == 1
+
+
 def test_a_machine_that_slept_gives_devices_their_full_time_again(scheduler: Scheduler, world: World) -> None:
     scheduler._notice_sleep()
     world.now += 600
@@ -173,6 +185,15 @@ def test_minutes_become_hours_and_lose_nothing(scheduler: Scheduler, world: Worl
     hours = world.rows("SELECT completed, duration_seconds FROM af_hour WHERE scope = 'all'")
     assert sum(hour["completed"] for hour in hours) == 3
     assert sum(hour["duration_seconds"] for hour in hours) == 6.0
+
+
+def test_the_clock_never_starts_before_what_a_killed_master_wrote_last(world: World) -> None:
+    from store import last_moment
+
+    for write in (world.submit, world.register, lambda: world.pull()[0]):
+        world.now += 10
+        write()
+        assert last_moment(Path(world.path)) >= world.now
 
 
 def test_the_clock_never_starts_before_the_last_moment_of_the_database(world: World, scheduler: Scheduler) -> None:

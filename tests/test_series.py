@@ -86,6 +86,10 @@ def test_a_batch_says_how_fast_it_goes_and_what_is_left(world: World, progress: 
     assert found is not None and (found["rate_per_second"], found["eta_seconds"]) == (0.0, None)
 
 
+def test_a_batch_that_is_deleted_while_it_is_asked_for_has_no_rate(progress: Progress) -> None:
+    assert progress.rated({"name": "gone"}, START) == {"name": "gone", "rate_per_second": 0.0}
+
+
 def test_failures_are_grouped_by_their_error(world: World, progress: Progress) -> None:
     for _ in range(3):
         end(world, "failed", batch="b")

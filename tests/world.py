@@ -10,7 +10,6 @@ import db
 import devices
 import history
 import judging
-import limits
 from dispatcher import Delivery, Dispatcher
 from store import Store
 from transaction import Policy, Tx
@@ -38,7 +37,7 @@ class World:
         self.dispatcher = Dispatcher(self.store, self.presence, strategy=self.strategy, max_held_polls=100)
         self.store.keep = history.keep
         self.store.open()
-        self.store.write(limits.resume_clock, "this-boot", self.now - self.jumped)
+        self.store.write(db.resume_clock, "this-boot", self.now - self.jumped)
 
     def close(self) -> None:
         self.store.close()

@@ -1,7 +1,7 @@
 /* How far is each batch, how fast does it go, and what failed in it? */
 import { html, useState } from "../vendor/htm-preact.js";
 import { useLive } from "../live.js";
-import { act, Age, Card, CurlButton, Empty, Field, goWith, link, Meter, Moment, Pages, Pill, ReasonDialog, Refusal, Section, STATES, Table, TaskLink, tone, Waiting } from "../parts.js";
+import { act, Age, Card, CurlButton, Empty, goWith, link, Moment, Pages, Pill, ReasonDialog, Refusal, Section, STATES, Table, TaskLink, tone, Waiting } from "../parts.js";
 import { duration, number, percent, t } from "../text.js";
 import { actLong, BulkDialog } from "./bulk.js";
 import { Export } from "./tasks.js";
@@ -16,10 +16,10 @@ const BatchPill = ({ state }) => html`<${Pill} name=${PILL[state] || state}>${t(
 const speed = (rate) => (rate >= 1 ? t("a_second", { n: number(rate, 1) }) : t("a_minute", { n: number(rate * 60, 1) }));
 
 /** The states of a batch as one bar, in the order of a task's life, with their numbers in words. */
-function StackedBar({ counts }) {
+function StackedBar({ counts, isBare = false }) {
   const shown = ["completed", "failed", "cancelled", "running", "assigned", "pending", "scheduled"].filter((name) => counts[name] > 0);
   return html`<span class="stack-bar" role="img" aria-label=${shown.map((name) => `${t(name)}: ${number(counts[name])}`).join(", ")}>${shown.map((name) => html`<i key=${name} class=${tone(name)} ref=${(node) => node && (node.style.flexGrow = counts[name])} />`)}</span>
-    <span class="small">${shown.map((name) => `${number(counts[name])} ${t(name)}`).join(" · ")}</span>`;
+    ${!isBare && html`<span class="small">${shown.map((name) => `${number(counts[name])} ${t(name)}`).join(" · ")}</span>`}`;
 }
 
 export function Batches({ values }) {
@@ -35,6 +35,7 @@ export function Batches({ values }) {
       { name: "counts", label: t("tasks_by_state"), cell: (batch) => html`<${StackedBar} counts=${batch.counts} />` },
       { name: "total", label: t("total"), cell: (batch) => number(totalOf(batch.counts)) },
       { name: "done", label: t("done_part"), cell: (batch) => percent(totalOf(batch.counts) ? endedOf(batch.counts) / totalOf(batch.counts) : null) },
+      { name: "rate", label: t("rate"), cell: (batch) => (batch.rate_per_second ? speed(batch.rate_per_second) : "–") },
       { name: "created", label: t("created"), cell: (batch) => html`<${Moment} at=${batch.created_at} /><span class="small"><${Age} at=${batch.created_at} /></span>` }]} />`
       : html`<div class="card"><${Empty}><p>${t(values.name ? "no_batch_match" : "no_batches")}</p>${values.name ? html`<p><button type="button" class="plain" onClick=${() => goWith({ name: "" })}>${t("clear")}</button></p>` : html`<p><a href=${link("new")}>${t("nav_new")}</a></p>`}</${Empty}></div>`}
     ${data && html`<${Pages} next=${data.next_cursor} cursor=${values.cursor} />`}</${Section}>`;
@@ -55,7 +56,7 @@ export function Batch({ id }) {
   return html`<${Section} title=${batch.name} aside=${html`<div><${Actions} batch=${batch} path=${path} /><${CurlButton} path=${path} /></div>`}>
       <div class="row"><${BatchPill} state=${batch.state} />${batch.reason && html`<span class="quiet">${batch.reason}</span>`}<span class="quiet">${t("created")} <${Moment} at=${batch.created_at} /></span></div>
       <${Card} className="pad batch-progress">
-        <${Meter} part=${total ? ended / total : null} label=${t("progress")} words=${`${percent(total ? ended / total : null, 1)} · ${t("of", { n: number(ended), limit: number(total) })}`} />
+        <div><span>${percent(total ? ended / total : null, 1)} · ${t("of", { n: number(ended), limit: number(total) })}</span><${StackedBar} counts=${batch.counts} isBare=${true} /></div>
         <div class="figures"><div class="figure"><b>${batch.rate_per_second ? speed(batch.rate_per_second) : "–"}</b><span>${t("rate")}</span></div>
           <div class="figure"><b>${batch.eta_seconds ? t("about_left", { age: duration(batch.eta_seconds) }) : "–"}</b><span>${t("eta")}</span></div>
           <div class="figure"><b>${number(batch.completed_last_hour)}</b><span>${t("completed_last_hour")}</span></div>
@@ -74,7 +75,7 @@ function Actions({ batch, path }) {
     ${asking && html`<${ReasonDialog} title=${t(`batch_${asking}_title`, { name: batch.name })} help=${t(`batch_${asking}_help`)} button=${t(`batch_${asking}_go`)} onReason=${(reason) => (asking === "pause" ? change("pause", reason) : cancel(reason))} onClose=${() => ask(null)} />`}`;
 }
 function Failures({ batch, path }) {
-  const { data, problem } = useLive(batch.counts.failed ? path : null);
+  const { data, problem } = useLive(batch.counts.failed ? path : null, 10000);
   const [again, setAgain] = useState(null);
   if (!batch.counts.failed) return null;
   const filterOf = (group) => ({ batch: batch.name, status: "failed", error: group.error_message });

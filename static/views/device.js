@@ -1,12 +1,13 @@
 /* How is this one device, what did it do, and what has it in its hands? */
 import { html, useMemo, useState } from "../vendor/htm-preact.js";
 import { query } from "../api.js";
-import { Chart } from "../chart.js";
+import { Chart, settledPoints } from "../chart.js";
 import { useLive } from "../live.js";
 import { Age, Card, CurlButton, Empty, Facts, link, Moment, Pill, Refusal, Section, Table, TaskLink, Waiting } from "../parts.js";
-import { duration, endReason, has, number, t } from "../text.js";
+import { duration, has, number, t } from "../text.js";
 import { DeviceActions, devicePath, isAway, Load, nameOf, rateWords, statusOf, Troubles, troubles } from "./device_parts.js";
 import { EventTable } from "./events.js";
+import { ended } from "./task_table.js";
 
 const SHOWN = 10, GAP_BEATS = 3;
 
@@ -72,7 +73,7 @@ function Charts({ path, device }) {
     <${Card} className="pad"><h3>${t("tasks_at_once")}</h3><${Chart} key=${hours} label=${t("tasks_at_once")} at=${at} series=${[{ label: t("running"), tone: "cyan", fill: true, values: values("active") }]} /></${Card}></div>`}</${Section}>`;
 }
 function LastHour({ path, stats }) {
-  const minutes = stats.last_hour;
+  const minutes = settledPoints(stats.last_hour, (point) => point.minute);
   const at = useMemo(() => minutes.map((minute) => minute.minute), [minutes]);
   const values = (name) => minutes.map((minute) => minute[name]);
   const mean = minutes.map((minute) => (minute.completed + minute.failed ? minute.duration_seconds / (minute.completed + minute.failed) : null));
@@ -92,7 +93,7 @@ function Tasks({ id }) {
     ${data?.tasks.length > 0 && html`<${Table} label=${t("its_newest_tasks")} rows=${data.tasks} keyOf=${(task) => task.id} columns=${[
       { name: "state", label: t("state"), cell: (task) => html`<${Pill} name=${task.status} />` },
       { name: "task", label: t("task"), cell: (task) => html`<span><${TaskLink} id=${task.id} /><span class="small">${task.task_type}</span></span>` },
-      { name: "what", label: t("about_task"), cell: (task) => html`<span>${[task.username, task.app_id, task.batch].filter(Boolean).join(" · ")}<span class="small">${[has(`reason_${task.end_reason}`) && endReason(task), task.error_message].filter(Boolean).join(": ")}</span></span>` },
+      { name: "what", label: t("about_task"), cell: (task) => html`<span>${[task.username, task.app_id, task.batch].filter(Boolean).join(" · ")}<span class="small">${[ended(task), task.error_message].filter(Boolean).join(": ")}</span></span>` },
       { name: "at", label: t("created"), cell: (task) => html`<${Moment} at=${task.created_at} />` }]} />`}</${Section}>`;
 }
 function Failures({ failures }) {

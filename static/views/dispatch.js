@@ -1,10 +1,11 @@
 /* Where do tasks go, what waits and why, and what does a person hold back? */
-import { html, useState } from "../vendor/htm-preact.js";
+import { html, useRef, useState } from "../vendor/htm-preact.js";
 import { query } from "../api.js";
 import { useLive } from "../live.js";
 import { act, BatchLink, Card, CurlButton, DeviceLink, Empty, goWith, link, OPEN, Pages, Pill, ReasonDialog, Refusal, Section, Table, Waiting } from "../parts.js";
 import { has, number, sentence, t, why } from "../text.js";
 import { keyWords, Limits, Until } from "./limits.js";
+import { LANES_ASKED, WHY_MS } from "./task_table.js";
 
 const LANES_SHOWN = 25;
 
@@ -77,7 +78,7 @@ function Lanes({ values, limits, paused }) {
       { name: "what", label: t("shares"), cell: (lane) => html`<${Shares} lane=${lane} />` },
       { name: "waits", label: t("waits"), cell: (lane) => number(lane.waiting) },
       { name: "priority", label: t("top_priority"), cell: (lane) => (lane.waiting ? number(lane.top_priority) : "–") },
-      { name: "why", label: t("why"), cell: (lane) => html`<${Why} key=${lane.id} lane=${lane} limits=${limits} paused=${paused} />` },
+      { name: "why", label: t("why"), cell: (lane) => html`<${Why} key=${lane.id} lane=${lane} limits=${limits} paused=${paused} isFirst=${data.lanes.indexOf(lane) < LANES_ASKED} />` },
       { name: "do", label: t("actions"), cell: (lane) => html`<${PauseButton} scope="lane" name=${String(lane.id)} held=${lane.paused ? { reason: lane.paused_reason } : null} />` }]} />`}
     ${!data && !problem && html`<${Card}><${Waiting} lines=${4} /></${Card}>`}
     <${Pages} next=${data?.next_cursor} cursor=${values.cursor} /></${Section}>`;
@@ -99,7 +100,7 @@ function holders(lane, limits) {
 }
 /** * and ? as in file names, as the master takes them. */
 const isAbout = (pattern, type) => new RegExp(`^${pattern.replace(/[.\\+^$()|{}[\]]/g, "\\$&").replace(/\*/g, ".*").replace(/\?/g, ".")}$`).test(type);
-function Why({ lane, limits, paused }) {
+function Why({ lane, limits, paused, isFirst }) {
   if (!lane.waiting && !lane.paused) return "–";
   const batch = lane.batch && heldIn(paused, "batch", lane.batch), type = heldIn(paused, "type", lane.task_type), all = heldIn(paused, "all");
   const of = (words, reason) => html`<span><${Pill} name="paused">${words}</${Pill}>${reason && html`<span class="small">${reason}</span>`}</span>`;
@@ -113,14 +114,16 @@ function Why({ lane, limits, paused }) {
     return html`<span>${found.length === 0 && html`<${Pill} name="full">${t("limit_holds")}</${Pill}>`}${found.map(({ limit, key }) => html`<span class="share" key=${`${limit.name} ${key.value}`}><${Pill} name=${key.held_by === "closed" ? "closed" : "full"}>${limit.name}</${Pill}>
       <span class="small">${t(`held_${key.held_by}`)} ${key.closed_reason || ""} ${key.closed_until && html`<${Until} at=${Date.parse(key.closed_until)} />`}</span></span>`)}</span>`;
   }
-  return html`<${AskWhy} lane=${lane} />`;
+  return html`<${AskWhy} lane=${lane} isFirst=${isFirst} />`;
 }
-/** Nothing holds the lane itself: one of its tasks is asked, when somebody wants to know. */
-function AskWhy({ lane }) {
-  const [isAsked, ask] = useState(false);
-  const { data } = useLive(isAsked ? `/tasks${query({ status: "pending", task_type: lane.task_type, batch: lane.batch, limit: 200 })}` : null, 15000);
-  const task = data?.tasks.find((one) => one.lane_id === lane.id);
-  const { data: answer } = useLive(task ? `/tasks/${task.id}/why` : null, 15000);
-  if (!isAsked) return html`<span class="row"><span>${t("lane_open")}</span><button type="button" class="plain" aria-label=${`${t("ask_why")}: ${lane.task_type} #${lane.id}`} onClick=${() => ask(true)}>${t("ask_why")}</button></span>`;
-  return html`<span>${answer ? why(answer) : data && !task ? t("lane_open") : t("loading")}</span>`;
+/** Nothing holds the lane itself: the task that goes next is asked, of the first lanes by itself, of others when somebody wants to know. */
+function AskWhy({ lane, isFirst }) {
+  const [isWanted, want] = useState(false);
+  const isAsked = isFirst || isWanted, asked = useRef({ until: 0 });
+  if (asked.current.until <= performance.now()) asked.current = { id: lane.next_task_id, until: performance.now() + WHY_MS };
+  const { data: answer } = useLive(isAsked && asked.current.id ? `/tasks/${asked.current.id}/why` : null, WHY_MS);
+  const known = useRef(null);  // another task goes next: it waits for the same reason until it says another
+  if (answer?.status === "pending") known.current = answer;
+  if (isAsked) return html`<span>${known.current ? why(known.current) : t("loading")}</span>`;
+  return html`<span class="row"><span>${t("lane_open")}</span><button type="button" class="plain" aria-label=${`${t("ask_why")}: ${lane.task_type} #${lane.id}`} onClick=${() => want(true)}>${t("ask_why")}</button></span>`;
 }

@@ -34,7 +34,7 @@ export const EventTable = ({ events }) => html`<${Table} label=${t("nav_events")
   { name: "at", label: t("time"), cell: (event) => html`<${Moment} at=${event.at} />` },
   { name: "event", label: t("event_verb"), cell: (event) => html`<span class=${`pill ${BAD.includes(event.verb) ? "red" : GOOD.includes(event.verb) ? "green" : "gray"}`}>${words(event.verb)}</span>` },
   { name: "about", label: t("event_about"), cell: ({ facts }) => html`<${About} facts=${facts} />` },
-  { name: "facts", label: t("event_facts"), cell: ({ facts }) => rest(facts) },
+  { name: "more", label: t("event_facts"), cell: ({ facts }) => rest(facts) },
 ]} />`;
 const words = (verb) => (has(`event_${verb}`) ? t(`event_${verb}`) : verb.replace(/_/g, " "));  // a newer master knows more
 function About({ facts }) {

@@ -2,7 +2,7 @@
 import { html, useEffect, useRef, useState } from "../vendor/htm-preact.js";
 import { ask } from "../api.js";
 import { soon } from "../live.js";
-import { act, Card, CurlButton, Field, link, Refusal, said, Waiting } from "../parts.js";
+import { act, CurlButton, Field, link, Refusal, said, Waiting } from "../parts.js";
 import { has, t } from "../text.js";
 import { taskOf, textsOf } from "./task_form.js";
 import { fieldsOf, TYPES } from "./task_types.js";

@@ -8,7 +8,7 @@ const PATH = "/system";
 const milliseconds = (latency) => (latency && latency.p50 !== null ? t("percentiles", { p50: number(latency.p50, 1), p95: number(latency.p95, 1), p99: number(latency.p99, 1) }) : null);
 
 export function System() {
-  const { data: system, problem } = useLive(PATH);
+  const { data: system, problem } = useLive(PATH, 10000);
   if (!system) return problem ? html`<${Refusal} problem=${problem} />` : html`<${Waiting} />`;
   const { database, writer, http } = system;
   return html`<${Section} title=${t("system_master")} aside=${html`<div><${CurlButton} path=${PATH} /></div>`}><${Card} className="pad"><${Facts} facts=${[

@@ -3,10 +3,10 @@ import { html } from "../vendor/htm-preact.js";
 import { API } from "../api.js";
 import { useLive } from "../live.js";
 import { act, BatchLink, Card, CurlButton, DeviceLink, Facts, HELD, Json, link, Meter, Moment, OPEN, Pill, Refusal, Section, SureButton, Table, TaskLink, Waiting } from "../parts.js";
-import { bytes, duration, number, t, why } from "../text.js";
+import { bytes, duration, number, sentence, t, why } from "../text.js";
 import { Attempts, isOpen, Progress } from "./attempts.js";
 import { StateMachine } from "./state_machine.js";
-import { dates, ended, remark, TaskTable } from "./task_table.js";
+import { dates, ended, remark, TaskTable, WHY_MS } from "./task_table.js";
 
 const DEVICES_SHOWN = 50;
 
@@ -20,7 +20,7 @@ export function Task({ id }) {
   return html`<${Section} title=${html`#${task.id} · ${task.task_type}`} className="task" aside=${html`<div><${Actions} task=${task} path=${path} /><${CurlButton} path=${path} /></div>`}>
       <div class="row"><${Pill} name=${task.status} /><${Standing} task=${task} /></div>
       ${running && html`<${Card} className="pad"><${Progress} attempt=${running} /></${Card}>`}</${Section}>
-    ${task.status === "pending" && html`<${Why} task=${task} path=${`${path}/why`} />`}
+    ${["pending", "scheduled"].includes(task.status) && html`<${Why} key=${task.status} task=${task} path=${`${path}/why`} />`}
     <${Section} title=${t("life")}><${StateMachine} task=${task} /></${Section}>
     <${Section} title=${t("attempts")}><${Attempts} task=${task} /></${Section}>
     <div class=${hasMore ? "two" : "stack"}><${Section} title=${t("facts")}><${Card} className="pad"><${TaskFacts} task=${task} /></${Card}></${Section}>
@@ -58,13 +58,14 @@ function TaskFacts({ task }) {
 }
 
 function Why({ task, path }) {
-  const { data } = useLive(path);
-  const devices = data?.devices || [];
+  const { data } = useLive(path, WHY_MS);
+  const devices = data?.devices || [], isScheduled = task.status === "scheduled";
+  if (isScheduled && !data?.limit) return null;  // the sentence under the title says all
   return html`<${Section} title=${t("why_waiting")} aside=${html`<div><${CurlButton} path=${path} /></div>`}>
-    <p class="note amber" id="why">${data ? why(data) : task.waiting && why(task.waiting)}</p>
-    ${data?.detail && why(data) !== data.detail && html`<p class="quiet">${data.detail}</p>`}
+    <p class=${`note ${isScheduled ? "violet" : "amber"}`} id="why">${isScheduled ? t("also_held") : data ? why(data) : task.waiting && why(task.waiting)}</p>
+    ${data?.detail && why(data) !== sentence(data.detail) && html`<p class="quiet">${data.detail}</p>`}
     ${data?.limit && html`<${Card} className="pad"><${Limit} limit=${data.limit} /></${Card}>`}
-    ${data && html`<p class="quiet">${data.next_look_seconds === null || data.next_look_seconds === undefined ? data.limit && t("next_look_when_ends") : t("next_look", { age: duration(Math.max(1, data.next_look_seconds)) })}</p>`}
+    ${data && html`<p class="quiet">${data.next_look_seconds === null || data.next_look_seconds === undefined ? data.limit && t("next_look_when_ends") : t(isScheduled ? "due_in" : "next_look", { age: duration(Math.max(1, data.next_look_seconds)) })}</p>`}
     ${devices.length > 0 && html`<${Table} label=${t("each_device")} rows=${devices.slice(0, DEVICES_SHOWN)} keyOf=${(one) => one.device_id} columns=${[
       { name: "device", label: t("device"), cell: (one) => html`<${DeviceLink} id=${one.device_id} />` },
       { name: "because", label: t("each_device"), cell: (one) => one.excluded_because || t("nothing_against") }]} />`}

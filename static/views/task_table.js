@@ -4,7 +4,8 @@ import { useLive } from "../live.js";
 import { Age, BatchLink, DeviceLink, link, Moment, Pill, Table } from "../parts.js";
 import { clock, duration, has, number, t, why } from "../text.js";
 
-const LANES_ASKED = 10;  // so many lanes of one page are asked why they wait
+export const WHY_MS = 10000;  // a walk over all devices: events do not hurry it
+export const LANES_ASKED = 10;  // so many lanes of one page are asked why they wait
 
 export const dates = (task) => [task.start_date, task.end_date].filter(Boolean).join(" – ");
 export function subject(task) {
@@ -32,14 +33,19 @@ function Since({ task }) {
 
 /** Tasks of one lane wait for the same reason, so one question answers for all of them: that about the oldest on the page. */
 const laneOf = (task) => (task.lane_id ? `lane ${task.lane_id}` : `task ${task.id}`);
-function oldestOfLanes(tasks) {
-  const oldest = new Map();
+function useOldestOfLanes(tasks) {
+  const held = useRef(new Map());  // where tasks come and go quickly, another one is oldest each second: one is asked for a while
+  const oldest = new Map(), at = performance.now();
   for (const task of tasks) if (task.status === "pending") oldest.set(laneOf(task), task.id);
-  return new Map([...oldest].slice(0, LANES_ASKED));
+  for (const [lane, { until }] of held.current) if (until <= at) held.current.delete(lane);
+  return new Map([...oldest].slice(0, LANES_ASKED).map(([lane, id]) => {
+    if (!held.current.has(lane)) held.current.set(lane, { id, until: at + WHY_MS });
+    return [lane, held.current.get(lane).id];
+  }));
 }
 function Remark({ task, asked }) {
   const known = useRef(null);
-  const { data } = useLive(task.status === "pending" && asked ? `/tasks/${asked}/why` : null);
+  const { data } = useLive(task.status === "pending" && asked ? `/tasks/${asked}/why` : null, WHY_MS);
   if (data?.status === "pending") known.current = data;
   const [text, tone] = remark(task, known.current);
   return text ? html`<span class=${`remark small ${tone && `${tone}-text`}`} title=${text}>${text}</span>` : null;
@@ -47,7 +53,7 @@ function Remark({ task, asked }) {
 
 /** `without`: columns that the view says elsewhere; `first`: a column of the view's own. */
 export function TaskTable({ tasks, label, without = [], first = null, chosen }) {
-  const oldest = oldestOfLanes(tasks);
+  const oldest = useOldestOfLanes(tasks);
   const columns = [
     first,
     { name: "state", label: t("state"), cell: (task) => html`<${Pill} name=${task.status} />` },

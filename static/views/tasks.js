@@ -112,17 +112,22 @@ const local = (iso) => {  // as <input type=datetime-local> writes a moment of t
 };
 function FilterField({ name, value = "", placeholder, isBare = false }) {
   const isMoment = name.startsWith("created_");
-  const input = useRef(null), timer = useRef(0);
+  const timer = useRef(0), written = useRef(value);
   const [typed, type] = useState(isMoment && value ? local(value) : value);
-  useEffect(() => { if (document.activeElement !== input.current) type(isMoment && value ? local(value) : value); }, [value]);
+  useEffect(() => {
+    if (value === written.current) return;  // it is what was typed here, without its last space
+    clearTimeout(timer.current);
+    written.current = value;
+    type(isMoment && value ? local(value) : value);
+  }, [value]);
   useEffect(() => () => clearTimeout(timer.current), []);
   const write = (next) => {
     type(next);
     clearTimeout(timer.current);
     const wanted = isMoment ? (next && new Date(next).toISOString()) : name === "parent_id" ? next.replace(/\D/g, "") : next.trim();
-    timer.current = setTimeout(() => goWith({ [name]: wanted, cursor: "" }, { replace: true }), isMoment ? 0 : PAUSE_MS);
+    timer.current = setTimeout(() => { written.current = wanted; goWith({ [name]: wanted, cursor: "" }, { replace: true }); }, isMoment ? 0 : PAUSE_MS);
   };
-  const field = html`<input ref=${input} name=${name} value=${typed} type=${isMoment ? "datetime-local" : isBare ? "search" : "text"} inputMode=${name === "parent_id" ? "numeric" : null} placeholder=${placeholder} aria-label=${isBare ? t(`filter_${name}`) : null}
+  const field = html`<input name=${name} value=${typed} type=${isMoment ? "datetime-local" : isBare ? "search" : "text"} inputMode=${name === "parent_id" ? "numeric" : null} placeholder=${placeholder} aria-label=${isBare ? t(`filter_${name}`) : null}
     autocomplete="off" spellcheck=${false} maxLength=${name === "error" ? 2000 : 1024} onInput=${(event) => write(event.target.value)} />`;
   return isBare ? field : html`<label class="field"><span>${t(`filter_${name}`)}</span>${field}</label>`;
 }

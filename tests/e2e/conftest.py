@@ -84,25 +84,52 @@ class Tab:
         self.complaints.append(text)
 
     def close(self) -> None:
-        """Fails if the page complained, or asked anybody but its own master for anything."""
         own = urlsplit(self.page.url).netloc
         self.context.close()
+        self._judge(own)
+
+    def empty(self) -> None:
+        """As it was when it was new, but for the scripts that the browser keeps compiled."""
+        own = urlsplit(self.page.url).netloc
+        self.page.mouse.move(0, 0)
+        self.page.evaluate("localStorage.clear(); sessionStorage.clear()")
+        self.page.goto("about:blank")
+        self.context.clear_cookies()
+        self._judge(own)
+
+    def _judge(self, own: str) -> None:
+        """Fails if the page complained, or asked anybody but its own master for anything."""
         unforgiven = [text for text in self.complaints if not any(part in text for part in self.forgiven)]
+        asked = set(self.asked)
+        self.complaints.clear()
+        self.asked.clear()
         assert unforgiven == [], "the console is not clean"
-        assert self.asked == {own}, "the page asked somebody else"
+        assert asked == {own}, "the page asked somebody else"
+
+
+@pytest.fixture(scope="session")
+def free_tabs() -> list[Tab]:
+    """Emptied ones: to open a new one costs as much as most tests do with it."""
+    return []
 
 
 @pytest.fixture
-def open_tab(chromium: Any) -> Iterator[Callable[..., Tab]]:
-    tabs: list[Tab] = []
+def open_tab(chromium: Any, free_tabs: list[Tab]) -> Iterator[Callable[..., Tab]]:
+    tabs: list[tuple[Tab, bool]] = []
 
-    def open_one(url: str, *, forgive: tuple[str, ...] = (), **options: Any) -> Tab:
-        tab = Tab(chromium, **options)
+    def open_one(url: str, *, forgive: tuple[str, ...] = (), own: bool = False, **options: Any) -> Tab:
+        """`own` is for a test that changes the page itself: its size, clock, permissions, routes or listeners."""
+        own = own or bool(options) or url == "about:blank"
+        tab = free_tabs.pop() if free_tabs and not own else Tab(chromium, **options)
         tab.forgiven = forgive
-        tabs.append(tab)
+        tabs.append((tab, own))
         tab.page.goto(url)
         return tab
 
     yield open_one
-    for tab in tabs:
-        tab.close()
+    for tab, own in tabs:
+        if own:
+            tab.close()
+        else:
+            tab.empty()
+            free_tabs.append(tab)

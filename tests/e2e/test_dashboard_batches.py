@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 import pytest
@@ -49,6 +50,7 @@ def test_the_list_shows_each_batch_with_its_counts(crawl, open_tab):
     docs = page.locator('tr[data-row="docs/en"]')
     for words in ("Open", "2 Completed · 3 Failed · 1 Pending", "6", "83%"):
         expect(docs).to_contain_text(words)
+    expect(docs.locator("td.rate")).to_have_text(re.compile(r"[\d.]+ a (second|minute)"))
     expect(page.get_by_role("img", name="Completed: 2, Failed: 3, Pending: 1")).to_be_visible()
     expect(page.locator("tr[data-row]")).to_have_count(2)
     page.get_by_label("Name of a batch").fill("other")
@@ -121,7 +123,7 @@ def test_a_batch_is_paused_with_a_reason_resumed_and_cancelled(own, open_tab):
     expect(main.get_by_role("button", name="Pause")).to_be_visible()
     main.get_by_role("button", name="Cancel the batch").click()
     page.get_by_role("button", name="Cancel the batch and its tasks").click()
-    expect(page.locator(".said")).to_contain_text("Batch cancelled, with 1 tasks.")
+    expect(page.locator(".said")).to_contain_text("Batch cancelled, with 1 task.")
     expect(main.get_by_role("button", name="Resume")).to_be_visible()
     assert own.master.states("docs/en")["cancelled"] == 1
 

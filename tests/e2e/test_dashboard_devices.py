@@ -91,7 +91,7 @@ def test_the_address_holds_the_filter_and_many_devices_come_by_pages(master, ope
         master.register(
             f"shop-{n:02}", tags=["fast"] if n == 29 else [], task_types=["echo", "crawl"] if n == 7 else ["echo"]
         )
-    tab = open_tab(f"{master.url}/#/devices")
+    tab = open_tab(f"{master.url}/#/devices", own=True)
     asked: list[str] = []
     tab.page.on("request", lambda request: asked.append(request.url.rpartition("/")[2]))
     page = tab.page

@@ -156,7 +156,7 @@ def test_a_form_says_what_is_wrong_at_its_field_and_sends_nothing(master, dashbo
 
 
 def test_any_other_type_is_submitted_by_its_name(master, dashboard_url, open_tab):
-    page = open_tab(f"{dashboard_url}#/new").page
+    page = open_tab(f"{dashboard_url}#/new", own=True).page
     field(page, "kind").select_option("")
     field(page, "task_type").fill("my_own")
     field(page, "rest").fill('{"n": 1}')
@@ -200,7 +200,7 @@ def test_a_file_is_checked_by_line_before_the_right_part_is_sent(master, dashboa
     path.write_text("\n".join(lines))
     page = open_tab(f"{dashboard_url}#/new?mode=many").page
     page.locator("input[type=file]").set_input_files(str(path))
-    expect(page.get_by_role("status").filter(has_text="3 tasks read.")).to_contain_text("1 lines are wrong.")
+    expect(page.get_by_role("status").filter(has_text="3 tasks read.")).to_contain_text("1 line is wrong.")
     expect(page.locator("table")).to_contain_text("<b>bob</b>")
     field(page, "batch").fill("sheet")
     page.get_by_role("button", name="Check 3 tasks").click()
@@ -217,7 +217,7 @@ def test_a_file_is_checked_by_line_before_the_right_part_is_sent(master, dashboa
 
 
 def test_many_tasks_go_in_chunks_and_what_failed_goes_again_without_doubles(master, dashboard_url, open_tab):
-    tab = open_tab(f"{dashboard_url}#/new?mode=many", forgive=(GONE, "503"))
+    tab = open_tab(f"{dashboard_url}#/new?mode=many", own=True, forgive=(GONE, "503"))
     page, answers = tab.page, []
 
     def break_the_second(route: Any) -> None:
