@@ -43,6 +43,7 @@ function App() {
   const shown = useRef(null);
   useEffect(() => {
     scrollTo(0, 0);
+    document.querySelector(".views [aria-current]")?.scrollIntoView({ block: "nearest", inline: "center" });  // a phone shows some of them
     // The link that was followed is gone with its view: who reads with the keyboard goes on at the new one.
     if (shown.current !== null && document.activeElement === document.body) document.getElementById("main").focus();
     shown.current = view;

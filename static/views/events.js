@@ -33,7 +33,7 @@ function Filters({ values }) {
 export const EventTable = ({ events }) => html`<${Table} label=${t("nav_events")} rows=${events} keyOf=${(event) => event.id} columns=${[
   { name: "at", label: t("time"), cell: (event) => html`<${Moment} at=${event.at} />` },
   { name: "event", label: t("event_verb"), cell: (event) => html`<span class=${`pill ${BAD.includes(event.verb) ? "red" : GOOD.includes(event.verb) ? "green" : "gray"}`}>${words(event.verb)}</span>` },
-  { name: "about", label: t("event_about"), cell: ({ facts }) => html`<${About} facts=${facts} />` },
+  { name: "which", label: t("event_about"), cell: ({ facts }) => html`<${About} facts=${facts} />` },
   { name: "more", label: t("event_facts"), cell: ({ facts }) => rest(facts) },
 ]} />`;
 const words = (verb) => (has(`event_${verb}`) ? t(`event_${verb}`) : verb.replace(/_/g, " "));  // a newer master knows more

@@ -32,7 +32,7 @@ function useIsNarrow() {
 }
 
 /** [{from, to, at, device?}]: the way as far as the attempts tell it; the master keeps the newest twenty. */
-export function lifeOf(task) {
+function lifeOf(task) {
   const attempts = [...(task.attempts || [])].sort((a, b) => a.id - b.id);
   const steps = [];
   let state = "submit";

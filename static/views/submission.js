@@ -12,7 +12,7 @@ export function prepared(lines, batch) {
     return { ...where, task: whole };
   });
 }
-export function chunksOf(lines) {
+function chunksOf(lines) {
   const chunks = [];
   let chunk = [], size = 0;
   for (const one of lines) {

@@ -8,7 +8,7 @@ export const WHY_MS = 10000;  // a walk over all devices: events do not hurry it
 export const LANES_ASKED = 10;  // so many lanes of one page are asked why they wait
 
 export const dates = (task) => [task.start_date, task.end_date].filter(Boolean).join(" – ");
-export function subject(task) {
+function subject(task) {
   const key = task.unique_key && !task.unique_key.startsWith("content-") ? task.unique_key : "";
   return [task.username, task.app_id, dates(task)].filter(Boolean).join(" · ") || key;
 }

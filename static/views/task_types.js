@@ -40,7 +40,7 @@ export const TYPES = {
 };
 /* Any task may have these; help_FIELD says what they are. */
 const NAME = /^[A-Za-z0-9_.-]{1,64}$/;
-export const COMMON = [
+const COMMON = [
   { at: "batch", kind: "text", max: 128 }, { at: "unique_key", kind: "text", max: 1024 }, { at: "priority", kind: "integer", min: 1, max: 10, example: "5" },
   { at: "delay_seconds", kind: "number", min: 0, max: 31536000 }, { at: "run_at", kind: "moment" }, { at: "required_tags", kind: "tags" }, { at: "max_retry_count", kind: "integer", min: 0, max: 100 },
   { at: "execution_timeout_seconds", kind: "integer", min: 1, max: 604800 },

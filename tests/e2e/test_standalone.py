@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import requests
 from farm import Program, wait_for
-from test_demo_site import expected_site
+from test_demo_site import SMALL, expected_site
+
+from demo_site import build_site
 
 
 def start(programs: list[Program], folder: Path, *arguments: str, **settings: Any) -> Program:
@@ -54,10 +56,18 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Program, Path]:
+def place_small_site(folder: Path) -> Path:
+    """Some pages where the demo looks for its site, as if rendered before."""
+    small = build_site(folder / "demo-site", modules=SMALL)
+    return small.rename(small.with_name(small.name.removesuffix("-" + "-".join(SMALL))))
+
+
+@pytest.fixture(scope="module", params=["small", pytest.param("whole", marks=pytest.mark.slow)])
+def demo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Program, Path]:
     """`standalone.py --demo --exit`, run to its end, and its output folder."""
     folder = tmp_path_factory.mktemp("demo")
+    if request.param == "small":
+        place_small_site(folder)
     started: list[Program] = []
     program = start(started, folder, "--demo", "--exit")
     try:
@@ -72,6 +82,8 @@ def site_of(program: Program) -> Path:
     return Path(next(line for line in program.lines if line.startswith("site: ")).split()[1])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("demo", ["whole"], indirect=True)
 def test_the_demos_site_has_300_to_450_reachable_pages_and_some_dead_links(demo: tuple[Program, Path]) -> None:
     site = site_of(demo[0])
     reachable, dead = expected_site(site)
@@ -85,6 +97,7 @@ def test_the_demo_finds_the_reachable_pages_and_dead_links_of_its_site(demo: tup
     program, batch = demo
     pages = [json.loads(line) for line in (batch / "pages.jsonl").read_text(encoding="utf-8").splitlines()]
     reachable, dead = expected_site(site_of(program))
+    assert len(reachable) > 5 and dead
     found = {page["url"].split("/", 3)[3] or "index.html": page["status"] for page in pages}
     assert {name for name, status in found.items() if status == 200} == reachable
     lines = (batch / "dead-links.tsv").read_text(encoding="utf-8").splitlines()[1:]
@@ -138,11 +151,8 @@ def test_a_child_that_is_killed_is_started_again(programs: list[Program], tmp_pa
     wait_for("the worker at the new master", online)
 
 
-def test_interrupted_the_same_command_goes_on_with_the_same_batch(
-    demo: tuple[Program, Path], programs: list[Program], tmp_path: Path
-) -> None:
-    site = tmp_path / "demo-site" / site_of(demo[0]).name  # one of a hundred pages, as if rendered before
-    site.mkdir(parents=True)
+def test_interrupted_the_same_command_goes_on_with_the_same_batch(programs: list[Program], tmp_path: Path) -> None:
+    site = place_small_site(tmp_path)
     (site / "index.html").write_text("".join(f'<a href="{n}.html">{n}</a>' for n in range(100)))
     for n in range(100):
         (site / f"{n}.html").write_text(f"<title>{n}</title>")
