@@ -61,7 +61,7 @@ def fleet(folder: Path) -> Iterator[tuple[str, str]]:
         for device_id, name in DEVICES.items():
             config = write_config(
                 folder, "worker", device_id=device_id, device_name=name, master_url=url, heartbeat_interval=5,
-                state_folder=str(folder / device_id), crawl_allow_networks=["127.0.0.0/8"], crawl_delay_seconds=1.0,
+                state_folder=str(folder / device_id), crawl_allow_networks=["127.0.0.0/8"], crawl_delay_seconds=1.5,
             )  # fmt: skip
             programs.append(Program("worker.py", "--config", config))
             ends.callback(programs[-1].stop)

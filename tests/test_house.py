@@ -57,8 +57,14 @@ HOUSE: dict[str, tuple[str, str]] = {
     "replies": ("msgspec openapi", "the document is made from types, not from handlers"),
     "artifacts": ("db judging reads store transaction writer", "where files lie is no matter of routes"),
     "web": ("bottle access artifacts devices latency openapi reads strategies wire writer", "one home for bottle"),
-    "api_batches": ("db history progress reads store transaction web wire", "a part of api.py, with a question of its own"),
-    "api_devices": ("devices fleet reads settings store web wire writer", "a part of api.py, with a question of its own"),
+    "api_batches": (
+        "db history progress reads store transaction web wire",
+        "a part of api.py, with a question of its own",
+    ),
+    "api_devices": (
+        "devices fleet reads settings store web wire writer",
+        "a part of api.py, with a question of its own",
+    ),
     "api_limits": ("backlog lanes limits store web wire", "a part of api.py, with a question of its own"),
     "api_system": (
         "about access attention backlog dispatcher edge events fleet history latency openapi reads reasons scheduler schema series"

@@ -21,7 +21,7 @@ from history import KEPT
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the playwright package is in requirements-dev.txt")
 expect = sync_api.expect
-expect.set_options(timeout=30_000)
+expect.set_options(timeout=60_000)
 
 STATIC = Path(__file__).resolve().parents[2] / "static"
 REFUSED = "status of 401"  # what Chromium itself writes into the console about a 401

@@ -10,7 +10,7 @@ from day import HOSTILE, a_day_of_work
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the playwright package is in requirements-dev.txt")
 expect = sync_api.expect
-expect.set_options(timeout=20_000)
+expect.set_options(timeout=60_000)
 
 
 @pytest.fixture(scope="module")

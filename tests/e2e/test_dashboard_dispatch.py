@@ -9,7 +9,7 @@ from day import HOSTILE
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the playwright package is in requirements-dev.txt")
 expect = sync_api.expect
-expect.set_options(timeout=20_000)
+expect.set_options(timeout=60_000)
 
 ACCOUNT = {"name": "account", "task_type": "echo", "key": "username", "max_running": 1}
 

@@ -16,7 +16,7 @@ from task_files import read_tasks
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the playwright package is in requirements-dev.txt")
 expect = sync_api.expect
-expect.set_options(timeout=30_000)
+expect.set_options(timeout=60_000)
 
 REFUSED = "status of 4"  # what Chromium itself writes into the console about a 422
 GONE = "ERR_"  # and about a request that was cut off

@@ -12,7 +12,7 @@ from farm import Program, Worker, wait_for
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the playwright package is in requirements-dev.txt")
 expect = sync_api.expect
-expect.set_options(timeout=30_000)
+expect.set_options(timeout=60_000)
 
 
 def counts(master: Any) -> dict[str, int]:

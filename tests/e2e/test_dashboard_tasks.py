@@ -15,7 +15,7 @@ import pytest
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the playwright package is in requirements-dev.txt")
 expect = sync_api.expect
-expect.set_options(timeout=30_000)
+expect.set_options(timeout=60_000)
 
 HOSTILE = '<img src=x onerror="window.pwned=1"><script>window.pwned=1</script>\'"&lt;b&gt;'
 REFUSED = "status of 4"  # what Chromium itself writes into the console about a 404
