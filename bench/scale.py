@@ -6,7 +6,7 @@ have, one that ten of the oldest have, one that nobody has, and each in several 
 no-op tasks of top priority through one worker: past all those that wait for a device that is not there, and then also
 past half a million of that worker that a limit holds back. At the end a master starts that keeps less, and deletes.
 
-10,000,000 rows need 13 GB in the folder for temporary files, and about 15 minutes.
+10,000,000 rows need 13 GB in the folder for temporary files, and some three minutes.
 """
 
 from __future__ import annotations
