@@ -160,7 +160,8 @@ def run(settings: Settings, path: Path, *, stop_with_stdin: bool = False) -> int
 
     def announce() -> None:
         log.info("master ready url=%s database=%s", server.url, path)
-        print(f"ready {server.url}", flush=True)
+        # One write with its line end: without a buffer (PYTHONUNBUFFERED) print would let a log line in between.
+        print(f"ready {server.url}\n", end="", flush=True)
 
     def wake_everybody() -> None:
         api.is_stopping = True

@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.crawl:
             options.crawl = demo.start_url(options.crawl)  # a mistake in it is said before anything is started
         family.start()
-        print(f"dashboard: {family.url}   (Ctrl-C stops)", flush=True)
+        print(f"dashboard: {family.url}   (Ctrl-C stops)\n", end="", flush=True)
         if options.demo or options.crawl:
             _run_job(options, settings, family)
         if not (options.exit and (options.demo or options.crawl)):

@@ -515,7 +515,7 @@ def main() -> None:
     if options.faults:
         fake.fault("*", *options.faults.split(","))
     fake.start()
-    print(f"ready {fake.url}", flush=True)
+    print(f"ready {fake.url}\n", end="", flush=True)
     if options.stop_with_stdin:
         sys.stdin.read()
     else:
