@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 BENCH_VENV := .venv-bench
 REQUIREMENTS := $(wildcard requirements*.txt)
+# Off are the two that take every password of an example, in a test or a document, for a real one.
+SECRETS := --disable-plugin KeywordDetector --disable-plugin BasicAuthDetector
 
 .PHONY: help
 help:  ## print this help
@@ -48,12 +50,28 @@ test-slow: $(VENV)/.stamp-dev  ## the long tests
 torture: $(VENV)/.stamp-dev  ## kill, cut off and fill everything for SECONDS=60, and count what was lost; ARGS="--seed 1"
 	@$(BIN)/python tests/torture/torture.py --seconds $(or $(SECONDS),60) $(ARGS)
 
+.PHONY: power-cuts
+power-cuts: $(VENV)/.stamp-dev  ## cut a busy master off its power CUTS=40 times, with SQLite's FULL and with NORMAL; needs cc
+	@$(BIN)/python tests/torture/power_cuts.py --cuts $(or $(CUTS),40) $(ARGS)
+
+.PHONY: fuzz
+fuzz: $(VENV)/.stamp-dev  ## schemathesis (EXAMPLES=100 a route) and all bad input on all routes, and how much was tried
+	@$(BIN)/python -m pytest -s --timeout 3600 tests/test_hostile_input.py tests/test_schemathesis.py
+
 .PHONY: check
-check: $(VENV)/.stamp-dev  ## ruff, mypy, and whether the generated documents are fresh
+check: $(VENV)/.stamp-dev  ## ruff, mypy, secrets in the tree, and whether the generated documents are fresh
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check --quiet . || { echo "not formatted: run make format"; exit 1; }
 	@$(BIN)/mypy
 	@$(BIN)/python scripts/make_docs.py --check
+	@$(BIN)/detect-secrets-hook $(SECRETS) $$(git ls-files)
+
+# It asks the internet which of our pinned packages have known holes, so it is no part of make check.
+.PHONY: audit
+audit: $(VENV)/.stamp-dev  ## known holes in the packages that we pin; needs the internet
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
+	@$(BIN)/pip-audit -r requirements.txt -r requirements-crawl.txt
+	@$(BIN)/pip-audit --no-deps -r requirements-edge.txt
 
 .PHONY: format
 format: $(VENV)/.stamp-dev  ## format the code
@@ -107,5 +125,5 @@ bench-crawl: $(VENV)/.stamp-dev  ## pages/s of one and two devices on Debian's p
 
 .PHONY: clean
 clean:  ## remove .venv, dist and caches; never data, logs or output
-	rm -rf $(VENV) dist $(BENCH_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) dist $(BENCH_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .schemathesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

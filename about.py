@@ -18,7 +18,7 @@ from schema import SCHEMA_VERSION
 from settings import PROTOCOL, VERSION, Settings
 from writer import Writer
 
-RETENTION = ("retention_days", "heartbeat_retention_days", "event_retention_days")
+RETENTION = ("retention_days", "heartbeat_retention_days", "event_retention_days", "audit_retention_days")
 
 
 def program() -> dict[str, Any]:

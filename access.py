@@ -1,18 +1,20 @@
 """Who may ask? Keys, sessions, hosts, origins, and how much of a body is read; on a WSGI environ, without a framework.
 
-No key is needed only while none is configured and the master listens on loopback. Else a request carries the key as
-`Authorization: Bearer KEY` or `X-API-Key: KEY`, or a browser's session cookie. A cookie is signed with a key derived
-from the api_key: it lives seven days, survives a restart, and dies when the api_key changes.
+No key is needed only while none is configured, no admin key was made, and the master listens on loopback. Else a
+request carries a key as `Authorization: Bearer KEY` or `X-API-Key: KEY`, or a browser's session cookie. A cookie is
+signed with a key derived from the key that it was traded for: it lives seven days, survives a restart, and ends with
+that key. Each key has a role. A viewer looks, a submitter submits, too, an operator acts, too, an admin may do all; a
+device may speak for itself and nothing else, and an enroll key may register devices and nothing else.
 
 What a browser can be tricked into (another site's page, a name that suddenly points here) is refused by Host, Origin
 and Sec-Fetch-Site. A request with the right key in its header is past that: no strange page can send it.
 
-The peer is the socket's; X-Forwarded-For is never believed. No key, header or cookie goes into a text or a log.
+Whose address it is was decided before, in addresses.py. No key, header or cookie goes into a text or a log.
 """
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import hmac
 import ipaddress
 import re
@@ -22,12 +24,15 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 
-from settings import Settings, is_loopback
+from keys import ADMIN, DEVICE, ENROLL, OPERATOR, SUBMITTER, VIEWER, Key, Keys
+from settings import Settings, is_for_others
 
-VIEWER, SUBMITTER, OPERATOR, DEVICE, ADMIN = ROLES = ("viewer", "submitter", "operator", "device", "admin")
+LADDER = (VIEWER, SUBMITTER, OPERATOR, ADMIN)
+"""Each of these holds the ones before it; an admin holds device and enroll, too, for any device."""
+ROLES = (*LADDER, ENROLL, DEVICE)
 PUBLIC = "public"  # the role of what needs no key: the login, the health checks, the page itself
 
 COOKIE = "af_session"
@@ -56,91 +61,173 @@ Environ = Mapping[str, Any]
 
 
 class Refused(Exception):
-    """A request that is not let in: the same facts as a message that is invalid, and the headers that go with it."""
+    """A request that is not let in: the same facts as a message that is invalid, and the headers that go with it; and
+    who it was, if that is known."""
 
-    def __init__(self, status: int, code: str, detail: str, headers: Mapping[str, str] | None = None):
+    def __init__(
+        self, status: int, code: str, detail: str, headers: Mapping[str, str] | None = None, who: Who | None = None
+    ):
         super().__init__(detail)
         self.status, self.code, self.detail, self.field = status, code, detail, None
-        self.headers = dict(headers or {})
+        self.headers, self.who = dict(headers or {}), who
+
+
+class Who(NamedTuple):
+    """Who asks, and by what: key, session, open (no key is needed) or public (nobody in particular)."""
+
+    name: str
+    role: str | None
+    key_id: int | None
+    device_id: str | None
+    by: str
+    address: str
+
+    @property
+    def actor(self) -> str:
+        """The key's name; the address of somebody without one."""
+        return self.name or self.address
+
+
+def require_own(who: Who, device_id: str) -> None:
+    """A device speaks for itself only, whatever the request says; raises Refused (403)."""
+    if who.device_id is not None and who.device_id != device_id:
+        text = f"This is the token of the device {who.device_id}; it may not speak for {device_id}."
+        raise Refused(403, "not_your_device", text, who=who)
+
+
+@functools.cache
+def holders(role: str) -> frozenset[str]:
+    """Which keys may do what `role` may; several roles are written "device, operator". Raises ValueError."""
+    if role == PUBLIC:
+        return frozenset(ROLES)
+    found: set[str] = {ADMIN}
+    for one in role.split(", "):
+        if one not in ROLES:
+            raise ValueError(f"unknown role {one!r}: write {', '.join(ROLES)} or {PUBLIC}")
+        found |= set(LADDER[LADDER.index(one) :]) if one in LADDER else {one}
+    return frozenset(found)
 
 
 class Access:
-    """The rules, for one configuration. `clock` counts seconds, `wall` is the time of day (for a session's end)."""
+    """The rules, for one configuration. `clock` counts seconds, `wall` is the time of day (for the end of keys and
+    sessions)."""
 
     def __init__(
         self,
         settings: Settings,
+        keys: Keys | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        key = settings.api_key.encode()
-        self.is_open = not key and is_loopback(settings.host)
-        self._digest = hashlib.sha256(key).digest() if key else None
-        self._signing_key = hmac.digest(key, b"af_session, version 1", "sha256") if key else secrets.token_bytes(32)
+        self.keys = Keys(settings.api_key) if keys is None else keys
+        self._may_be_open = not settings.api_key and not is_for_others(settings)
         self._hosts = _allowed_names(settings)
         self._failures = Failures(clock)
         self._wall = wall
 
-    def check(self, environ: Environ, role: str) -> str:
-        """Let the request in, or raise Refused (400, 401, 403, 429). Returns by what: key, session, open or public."""
-        if role not in ROLES and role != PUBLIC:
-            raise ValueError(f"unknown role {role!r}")
-        refuse_key_in_url(environ)
-        keys = _keys_of(environ)
-        if any(self._is_right(key) for key in keys):
-            return "key"  # today one key holds every role
-        self._check_host(environ)
-        if role == PUBLIC:
-            return "public"
-        if self.is_open:
-            _check_origin(environ, must_say=False)
-            return "open"
-        if keys:
-            raise self._failed(environ)
-        if not self._has_session(environ):
-            raise _unauthorized("A key is needed: send `Authorization: Bearer KEY`, or log in on the page.")
-        _check_origin(environ, must_say=environ.get("REQUEST_METHOD") not in READING)
-        return "session"
+    @property
+    def is_open(self) -> bool:
+        """No key is needed: nobody has made one yet, and only this machine can ask."""
+        return self._may_be_open and not self.keys.has_admin
 
-    def log_in(self, environ: Environ, key: str) -> str:
-        """The Set-Cookie header for a browser that knows the key; raises Refused (401, 403, 429)."""
+    def check(self, environ: Environ, role: str) -> Who:
+        """Let the request in and say who it is, or raise Refused (400, 401, 403, 429)."""
+        allowed = holders(role)
+        refuse_key_in_url(environ)
+        sent = _keys_of(environ)
+        now = self._wall()
+        key = self._right_one(sent, now)
+        if key is None or key.has_ended(now):
+            self._check_host(environ)
+            who = self._without_key(environ, key, is_wrong=bool(sent), is_public=role == PUBLIC)
+        else:
+            who = self._who(key, environ, "key")
+            self.keys.note_use(key, now, who.address)
+        if who.role not in allowed and role != PUBLIC:
+            raise Refused(403, "forbidden", _forbidden(who, role), who=who)
+        return who
+
+    def is_in_force(self, who: Who) -> bool:
+        """Whether somebody who was let in would be let in still."""
+        key = None if who.key_id is None else self.keys.get(who.key_id)
+        return self.is_open if key is None else not key.has_ended(self._wall())
+
+    def _right_one(self, sent: list[bytes], now: float) -> Key | None:
+        """The first key that is in force, else one that was once."""
+        ended = None
+        for text in sent:
+            key = self.keys.find(text)
+            if key is not None and not key.has_ended(now):
+                return key
+            ended = ended or key
+        return ended
+
+    def _without_key(self, environ: Environ, ended: Key | None, *, is_wrong: bool, is_public: bool) -> Who:
+        address = str(environ.get("REMOTE_ADDR", ""))
+        if self.is_open:
+            if not is_public:
+                _check_origin(environ, must_say=False)
+            return Who("", ADMIN, None, None, "open", address)
+        if is_wrong:
+            refused = self._failed(environ) if ended is None else _ended(ended, self._who(ended, environ, "key"))
+            # What needs no key must not be the place where wrong keys are tried without end.
+            if not is_public or refused.status == 429:
+                raise refused
+            return Who("", None, None, None, "public", address)
+        key = self._session_key(environ)
+        if key is not None and not key.has_ended(self._wall()):
+            if not is_public:
+                _check_origin(environ, must_say=environ.get("REQUEST_METHOD") not in READING)
+            return self._who(key, environ, "session")
+        if is_public:
+            return Who("", None, None, None, "public", address)
+        if key is not None:
+            raise _ended(key, self._who(key, environ, "session"))
+        raise _unauthorized("A key is needed: send `Authorization: Bearer KEY`, or log in on the page.")
+
+    def _who(self, key: Key, environ: Environ, by: str) -> Who:
+        return Who(key.name, key.role, key.id, key.device_id, by, str(environ.get("REMOTE_ADDR", "")))
+
+    def log_in(self, environ: Environ, text: str) -> tuple[Who, str]:
+        """Who that is, and the Set-Cookie header for their browser; raises Refused (401, 403, 429)."""
         refuse_key_in_url(environ)
         self._check_host(environ)
         _check_origin(environ, must_say=False)
-        if not self.is_open and not self._is_right(key.encode("utf-8", "surrogatepass")):
-            raise self._failed(environ)
-        expires = f"{int(self._wall()) + SESSION_SECONDS}.{secrets.token_hex(8)}"
-        return _cookie(environ, f"{expires}.{self._sign(expires)}", SESSION_SECONDS)
+        key = self._right_one([text.encode("utf-8", "surrogatepass")], self._wall())
+        if key is None or key.has_ended(self._wall()):
+            return self._without_key(environ, key, is_wrong=True, is_public=False), self.log_out(environ)
+        if key.role not in LADDER:
+            text = f"The key {key.name} is for programs ({key.role}); log in with one of {', '.join(LADDER)}."
+            raise Refused(403, "forbidden", text)
+        self.keys.note_use(key, self._wall(), str(environ.get("REMOTE_ADDR", "")))
+        signed = f"{int(self._wall()) + SESSION_SECONDS}.{secrets.token_hex(8)}.{key.id}"
+        return self._who(key, environ, "key"), _cookie(environ, f"{signed}.{_sign(key, signed)}", SESSION_SECONDS)
 
     def log_out(self, environ: Environ) -> str:
         """The Set-Cookie header that makes the browser forget its session."""
         return _cookie(environ, "", 0)
-
-    def _is_right(self, key: bytes) -> bool:
-        # Digests of equal length are compared as bytes, so the time says nothing about the key, and any byte may come.
-        given = hashlib.sha256(key).digest()
-        return self._digest is not None and hmac.compare_digest(given, self._digest)
 
     def _failed(self, environ: Environ) -> Refused:
         wait_seconds = self._failures.add(str(environ.get("REMOTE_ADDR", "")))
         if wait_seconds:
             text = f"Too many wrong keys from your address; try again in {wait_seconds} s, or send the right one now."
             return Refused(429, "too_many_failures", text, {"Retry-After": str(wait_seconds)})
-        return _unauthorized("This key is wrong: compare it with api_key in the master's configuration.")
+        return _unauthorized("This key is wrong: compare it with what the master's admin gave you.")
 
-    def _sign(self, text: str) -> str:
-        return hmac.new(self._signing_key, text.encode("latin-1", "replace"), "sha256").hexdigest()
-
-    def _has_session(self, environ: Environ) -> bool:
+    def _session_key(self, environ: Environ) -> Key | None:
+        """The key that the browser's cookie was traded for, if the cookie is in force; it may have ended."""
         for part in str(environ.get("HTTP_COOKIE", "")).split(";"):
             name, _, value = part.strip().partition("=")
             signed, _, signature = value.rpartition(".")
-            if name == COOKIE and re.fullmatch(r"[0-9]{1,12}\.[0-9a-f]{16}", signed):
-                is_ours = hmac.compare_digest(self._sign(signed).encode(), signature.encode("latin-1", "replace"))
-                if is_ours and int(signed.partition(".")[0]) > self._wall():
-                    return True
-        return False
+            said = re.fullmatch(r"([0-9]{1,12})\.[0-9a-f]{16}\.([0-9]{1,18})", signed) if name == COOKIE else None
+            key = self.keys.get(int(said[2])) if said else None
+            if said is None or key is None:
+                continue
+            is_ours = hmac.compare_digest(_sign(key, signed).encode(), signature.encode("latin-1", "replace"))
+            if is_ours and int(said[1]) > self._wall():
+                return key
+        return None
 
     def _check_host(self, environ: Environ) -> None:
         """Against DNS rebinding: a name that somebody else controls must not lead a browser here."""
@@ -183,9 +270,10 @@ class Failures:
 def refuse_key_in_url(environ: Environ) -> None:
     """A key in a URL ends up in logs and histories: refuse it, so that nobody gets used to it."""
     query = str(environ.get("QUERY_STRING", ""))
-    if not re.search("key|token|auth|%", query, re.IGNORECASE):
+    if not re.search("key|token|auth|afk_|%", query, re.IGNORECASE):
         return  # the usual case, without taking the query apart
-    if any(name.lower() in KEY_PARAMETERS for name, _ in parse_qsl(query, keep_blank_values=True)):
+    parameters = parse_qsl(query, keep_blank_values=True)
+    if any(name.lower() in KEY_PARAMETERS or value.startswith("afk_") for name, value in parameters):
         text = "Never put the key into a URL, where logs keep it; send it as a header, and change it if it was real."
         raise Refused(400, "key_in_url", text)
 
@@ -281,8 +369,28 @@ def _cookie(environ: Environ, value: str, seconds: int) -> str:
     return f"{COOKIE}={value}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Strict{secure}"
 
 
-def _unauthorized(text: str) -> Refused:
-    return Refused(401, "unauthorized", text, {"WWW-Authenticate": 'Bearer realm="distribution"'})
+def _sign(key: Key, text: str) -> str:
+    signing_key = hmac.digest(key.digest, b"af_session, version 2", "sha256")
+    return hmac.new(signing_key, text.encode("latin-1", "replace"), "sha256").hexdigest()
+
+
+def _unauthorized(text: str, code: str = "unauthorized") -> Refused:
+    return Refused(401, code, text, {"WWW-Authenticate": 'Bearer realm="distribution"'})
+
+
+def _ended(key: Key, who: Who) -> Refused:
+    """It was right once: whoever sends it guesses nothing, and may know what became of it."""
+    how = "expired" if key.revoked_at is None else "revoked"
+    has = "has expired" if key.revoked_at is None else "was revoked"
+    refused = _unauthorized(f"The key {key.name} {has}: ask an admin of the master for a new one.", f"key_{how}")
+    refused.who = who
+    return refused
+
+
+def _forbidden(who: Who, role: str) -> str:
+    limits = {ENROLL: ": it registers devices and no more", DEVICE: ": it speaks for its device and no more"}
+    limit = limits.get(who.role or "", "")
+    return f"This needs a key of the role {role}; {who.name} is one of the role {who.role}{limit}."
 
 
 def _allowed_names(settings: Settings) -> frozenset[str]:

@@ -18,30 +18,36 @@ import devices
 import edge
 import export
 import judging
+import keys
 import openapi
 import reasons
 import replies
 import web
 import wire
-from access import Access, open_upload
+from access import Access, Refused, open_upload, require_own
 from api_batches import BatchHandlers
 from api_devices import DeviceHandlers
+from api_keys import KeyHandlers
 from api_limits import LimitHandlers
 from api_system import SystemHandlers
 from artifacts import Artifacts
 from attention import Attention
+from audit import Audit
 from backlog import Backlog
+from backups import Backups
+from connections import Export
 from dispatcher import Delivery, Dispatcher, Reply
 from events import Events
 from fleet import MAX_BEATS, Fleet
 from history import History
+from keys import ADMIN, DEVICE, ENROLL, OPERATOR
 from latency import Latency
 from metrics import CONTENT_TYPE, Metrics
 from openapi import FILTERS, PAGE, Operation, Query
 from progress import Progress
-from reads import TASK_COLUMNS, Reads
+from reads import DEVICE_STATES, TASK_COLUMNS, Reads
 from scheduler import Deletion
-from schema import EVENT_KINDS
+from schema import EVENT_KINDS, KEY_ROLES
 from series import STEP_SECONDS, Series
 from settings import PROTOCOL, Settings
 from store import Store
@@ -58,12 +64,13 @@ LONGEST_WAIT_SECONDS = 25.0
 RETURNS_A_SECOND = 300
 """After an outage no more devices than this come back each second."""
 OCTETS = "application/octet-stream"
+AHEAD = r"[A-Za-z0-9_.\-]{1,64}:0{0,5}([1-9][0-9]{0,2}|1000)"
 EXPORT_KINDS = {"jsonl": "application/x-ndjson", "csv": "text/csv; charset=utf-8"}
 EXPORT_COLUMNS = ["execution_timeout_seconds" if name == "execution_timeout" else name for name in TASK_COLUMNS]
 
 
 @dataclass
-class Api(BatchHandlers, DeviceHandlers, LimitHandlers, SystemHandlers):
+class Api(BatchHandlers, DeviceHandlers, KeyHandlers, LimitHandlers, SystemHandlers):
     """The things that handlers use; made once by the master."""
 
     settings: Settings
@@ -78,10 +85,12 @@ class Api(BatchHandlers, DeviceHandlers, LimitHandlers, SystemHandlers):
     latency: Latency
     last_deletion: Callable[[], Deletion | None]
     artifacts: Artifacts
+    backups: Backups
     dispatcher: Dispatcher
     presence: devices.Presence
     events: Events
     access: Access
+    audit: Audit
     metrics: Metrics
     worker_file: edge.WorkerFile
     started_at: float
@@ -89,18 +98,30 @@ class Api(BatchHandlers, DeviceHandlers, LimitHandlers, SystemHandlers):
 
     # -- devices ----------------------------------------------------------------------------------------------
 
-    # POST /devices/register {device_id, boot_id, protocol, task_types, …} -> 200 {settings, keep, cancel}
+    # POST /devices/register {device_id, boot_id, protocol, task_types, …} -> 200 {settings, keep, cancel, token?}
     def register_device(self, call: Call) -> Any:
         body = wire.decode(call.body, wire.RegisterIn)
+        require_own(call.who, body.device_id)
         if body.protocol < PROTOCOL:
             raise invalid(426, "protocol_too_old", f"This master speaks protocol {PROTOCOL}, the device {body.protocol}:"
                           " copy worker.py, settings.py and executors/ of this release to it and start it again.")  # fmt: skip
         new = devices.Registration(
-            body.device_id, body.boot_id, body.device_name or body.device_id, body.device_type, call.peer, body.version,
+            body.device_id, body.boot_id, body.device_name or body.device_id, body.device_type, call.who.address, body.version,
             body.protocol, tuple(body.task_types), tuple(body.tags or ()), body.weight, body.max_concurrent_tasks,
             _held(body.holding),
         )  # fmt: skip
-        registered = self.store.write(devices.register, self.presence, new)
+        giver = self._giver(call, wants_token=body.wants_token)
+
+        def register(tx: Tx) -> tuple[devices.Registered, tuple[keys.Key, str] | None]:
+            registered = devices.register(tx, self.presence, new)
+            device = devices.get_device(tx, body.device_id)
+            if giver is None or device is None or device.conflict:
+                return registered, None
+            return registered, keys.give_token(tx, self.access.keys, giver, body.device_id)
+
+        registered, given = self.store.write(register)
+        if given is not None:
+            self.access.keys.put(given[0])
         self.dispatcher.forget_pulls(body.device_id)
         device = self._device(body.device_id)
         if device["status"] == "conflict":
@@ -113,7 +134,13 @@ class Api(BatchHandlers, DeviceHandlers, LimitHandlers, SystemHandlers):
             "keep": registered.keep,
             "cancel": registered.cancel,
             "server_time": wire.iso(self.store.moments()[1]),
+            **({"token": given[1]} if given is not None else {}),
         }
+
+    def _giver(self, call: Call, *, wants_token: bool) -> keys.Key | None:
+        """The key that gives the device a token: an enroll key always, since it is good for nothing else."""
+        is_giver = call.who.role == ENROLL or (wants_token and call.who.role == ADMIN)
+        return self.access.keys.get(call.who.key_id) if is_giver and call.who.key_id is not None else None
 
     def _device_settings(self) -> dict[str, Any]:
         return {
@@ -131,6 +158,7 @@ class Api(BatchHandlers, DeviceHandlers, LimitHandlers, SystemHandlers):
     # POST /devices/{device_id}/heartbeat {boot_id, seq, holding, …} -> 200 {cancel, drain, next_seconds}
     def take_heartbeat(self, call: Call) -> Any:
         device_id = wire.check_name(call.names["device_id"], "device_id")
+        require_own(call.who, device_id)
         body = wire.decode(call.body, wire.HeartbeatIn)
         keep = self.settings.enable_monitoring
         usage = (body.cpu_usage, body.memory_usage, body.disk_usage) if keep else (None, None, None)
@@ -159,7 +187,7 @@ class Api(BatchHandlers, DeviceHandlers, LimitHandlers, SystemHandlers):
         submission = wire.decode_submit(call.body)
         wall = self.store.moments()[1]
         new = [_new_task(task, wall) for task in submission.tasks]
-        submitted = self.store.write(db.submit, new, created_by=call.peer) if new else []
+        submitted = self.store.write(db.submit, new, created_by=call.who.actor) if new else []
         if submission.single and submitted[0].status == "batch_cancelled":
             raise invalid(409, "batch_cancelled", REFUSALS["batch_cancelled"], "batch")
         status = 201 if any(task.created for task in submitted) else 200
@@ -173,7 +201,7 @@ class Api(BatchHandlers, DeviceHandlers, LimitHandlers, SystemHandlers):
         new = [_new_task(task, wall) for task in read if isinstance(task, wire.TaskIn)]
         # Before the rehearsal: an id that was only rehearsed may be another task's in a moment.
         types, newest = self.fleet.task_types(), self.reads.highest_id()
-        submitted = iter(self.store.rehearse(db.submit, new, created_by=call.peer) if new else [])
+        submitted = iter(self.store.rehearse(db.submit, new, created_by=call.who.actor) if new else [])
         entries = [
             _problem(task) if isinstance(task, wire.Invalid) else _previewed(task, next(submitted), types, newest)
             for task in read
@@ -190,11 +218,13 @@ class Api(BatchHandlers, DeviceHandlers, LimitHandlers, SystemHandlers):
         wait = query.number("wait", 0.0, maximum=LONGEST_WAIT_SECONDS) or 0.0
         seq, ack = query.integer("seq", None), query.integer("ack", None)
         query.finish()
+        require_own(call.who, device_id)
         return _pulled(self.dispatcher.pull(device_id, boot_id, limit, wait, seq, ack, ahead))
 
     # POST /tasks/report {device_id, boot_id?, reports} -> 200 {reports: [{assignment_id, outcome}]}
     def report_tasks(self, call: Call) -> Any:
         sent = wire.decode_reports(call.body)
+        require_own(call.who, sent.device_id)
         wall = self.store.moments()[1]
         reports = [None if isinstance(entry, wire.BadReport) else _report(entry, wall) for entry in sent.entries]
 
@@ -210,6 +240,12 @@ class Api(BatchHandlers, DeviceHandlers, LimitHandlers, SystemHandlers):
         task_id = wire.check_id(call.names["task_id"])
         body = wire.decode(call.body, wire.StatusIn)
         if body.status == "cancelled":
+            call.told.update(action="cancel_task", reason=body.reason)
+        is_allowed = call.who.role in ((OPERATOR, ADMIN) if body.status == "cancelled" else (DEVICE, ADMIN))
+        if not is_allowed:
+            needed = "operator" if body.status == "cancelled" else "device"
+            raise Refused(403, "forbidden", f"Setting {body.status} needs a key of the role {needed}.", who=call.who)
+        if body.status == "cancelled":
             return self._cancel(task_id, body.reason)
         task = self.reads.task(task_id) or self._no_task()
         assignment_id = body.assignment_id or task["assignment_id"]
@@ -221,6 +257,7 @@ class Api(BatchHandlers, DeviceHandlers, LimitHandlers, SystemHandlers):
             attempt = db.get_attempt(tx, assignment_id)
             if attempt is None or attempt.task_id != task_id:
                 return db.Judged("gone")
+            require_own(call.who, attempt.device_id)
             return judging.apply_report(tx, attempt.device_id, report)
 
         judged = self.store.write(judge)
@@ -237,6 +274,7 @@ class Api(BatchHandlers, DeviceHandlers, LimitHandlers, SystemHandlers):
         name = wire.check_artifact_name(query.required("name"))
         sha256 = wire.check_sha256(query.required("sha256"))
         query.finish()
+        require_own(call.who, device_id)
         length, parts = open_upload(call.environ, self.settings.max_artifact_bytes)
         artifact = db.Artifact(name, length, sha256)
         judged = self.artifacts.receive(device_id, assignment_id, lease_id, artifact, parts)
@@ -321,6 +359,7 @@ class Api(BatchHandlers, DeviceHandlers, LimitHandlers, SystemHandlers):
     def assign_task(self, call: Call) -> Any:
         task_id = wire.check_id(call.names["task_id"])
         body = wire.decode(call.body, wire.AssignIn)
+        call.told.update(device_id=body.device_id)
         task = self.reads.task(task_id) or self._no_task()
         device = self._device(body.device_id)
         if device["status"] not in ("online", "busy"):
@@ -340,6 +379,7 @@ class Api(BatchHandlers, DeviceHandlers, LimitHandlers, SystemHandlers):
     # POST /tasks/{task_id}/cancel {reason?} -> 200 {id, status}
     def cancel_task(self, call: Call) -> Any:
         reason = wire.decode(call.body or b"{}", wire.ReasonIn).reason
+        call.told.update(reason=reason)
         return self._cancel(wire.check_id(call.names["task_id"]), reason)
 
     def _cancel(self, task_id: int, reason: str | None) -> Any:
@@ -378,7 +418,8 @@ class Api(BatchHandlers, DeviceHandlers, LimitHandlers, SystemHandlers):
         rows = export.begun(self.reads.export(filters, include_result=with_result))
         columns = EXPORT_COLUMNS + (["result"] if with_result else [])
         lines = export.csv_lines(rows, columns) if form == "csv" else export.json_lines(rows)
-        return web.stream(lines, EXPORT_KINDS[form], ("Content-Disposition", f'attachment; filename="tasks.{form}"'))
+        disposition = f'attachment; filename="tasks.{form}"'
+        return web.stream(Export(lines), EXPORT_KINDS[form], ("Content-Disposition", disposition))
 
     # GET /tasks/stats?batch=&task_type= -> 200 {by_state, by_type, by_batch, by_device, last_hour}
     def tasks_stats(self, call: Call) -> Any:
@@ -428,6 +469,9 @@ class Api(BatchHandlers, DeviceHandlers, LimitHandlers, SystemHandlers):
     def readyz(self, call: Call) -> Any:
         if self.is_stopping:
             raise invalid(503, "stopping", "The master is stopping; try again in a moment.", retry_after=2)
+        storage = self.store.writer.storage
+        if storage.is_long_in_trouble:
+            raise invalid(503, "storage_failing", storage.complaint() or "", retry_after=storage.retry_after)
         return {"status": "ready"}
 
     # GET /metrics -> 200 for Prometheus; 404 with enable_monitoring false
@@ -439,9 +483,9 @@ class Api(BatchHandlers, DeviceHandlers, LimitHandlers, SystemHandlers):
 
 def routes(api: Api) -> tuple[tuple[str, tuple[Route, ...]], ...]:
     """The API's table, under its prefix, and what stands at the root."""
-    text, name, number = {"type": "string"}, openapi.NAME, {"type": "integer", "minimum": 0}
+    text, name, number = openapi.TEXT, openapi.NAME, {**openapi.NUMBER, "minimum": 0}
     device_filter = (
-        Query("status", text, "One status"),
+        Query("status", {"enum": list(DEVICE_STATES)}, "One status"),
         Query("task_type", name, "Runs this type"),
         Query("tag", name, "Has this tag"),
         Query(
@@ -453,16 +497,20 @@ def routes(api: Api) -> tuple[tuple[str, tuple[Route, ...]], ...]:
     pull = (
         Query("device_id", name, "Who asks", True),
         Query("boot_id", name, "Its process"),
-        Query("limit", number, "Free slots"),
-        Query("ahead", text, "Of each short type, how many more make a second of work: echo:400,crawl:2"),
-        Query("wait", {"type": "number", "maximum": 25}, "Seconds to hold"),
+        Query("limit", {**number, "maximum": 1000}, "Free slots"),
+        Query(
+            "ahead",
+            {"type": "string", "maxLength": 4096, "pattern": rf"^{AHEAD}(,{AHEAD})*$(?!\n)"},
+            "Of each short type, how many more make a second of work: echo:400,crawl:2",
+        ),
+        Query("wait", {"type": "number", "minimum": 0, "maximum": LONGEST_WAIT_SECONDS}, "Seconds to hold"),
         Query("seq", number, "Number of this pull"),
         Query("ack", number, "Last pull whose reply arrived"),
     )
     upload = (
         Query("device_id", name, "Who sends", True),
         Query("boot_id", name, "Its process"),
-        Query("assignment_id", number, "The attempt that it belongs to", True),
+        Query("assignment_id", openapi.NUMBER, "The attempt that it belongs to", True),
         Query("lease_id", name, "The attempt's lease", True),
         Query("name", {"type": "string", "pattern": ARTIFACT_NAME_PATTERN}, "The file's name", True),
         Query("sha256", {"type": "string", "pattern": SHA256_PATTERN}, "Of the file's bytes, in hex digits", True),
@@ -487,32 +535,46 @@ def routes(api: Api) -> tuple[tuple[str, tuple[Route, ...]], ...]:
     stats = (Query("batch", text, "Of this batch"), Query("task_type", name, "Of this type"))
     lane_page = (Query("task_type", name, "Of this type"), *PAGE)
     batch_page = (Query("name", text, "Only this batch"), *PAGE)
+    key_page = (
+        Query("role", {"enum": list(KEY_ROLES)}, "Of this role"),
+        Query("device_id", name, "Tokens of this device"),
+        *PAGE,
+    )
+    audited = (
+        Query("actor", openapi.TEXT, "By this key's name, or this address"),
+        Query("action", name, "Exactly this"),
+        Query("outcome", name, "ok, or the code of a refusal"),
+        Query("since", openapi.TIME, "Not before that"),
+        Query("until", openapi.TIME, "Before that"),
+        *PAGE,
+    )
     shape = (Query("format", {"enum": ["jsonl", "csv"]}, "Of the file"), Query("include", {"enum": ["result"]}, "More"))
     o, r, w = openapi, replies, wire
     # fmt: off
     return (PREFIX, (
-        _("POST",   "/devices/register",              "device",    api.register_device,   "A device introduces itself.", w.RegisterIn, o.RegisterOut),
+        _("POST",   "/devices/register",              "device, enroll", api.register_device,   "A device introduces itself.", w.RegisterIn, o.RegisterOut),
         _("GET",    "/devices",                       "viewer",    api.list_devices,      "All devices.", None, r.DevicesOut, device_filter),
         _("GET",    "/devices/{device_id}",           "viewer",    api.get_device,        "One device, with its newest heartbeats.", None, r.DeviceDetailOut),
         _("PUT",    "/devices/{device_id}",           "operator",  api.rename_device,     "Give a device a name that its worker does not undo.", w.DeviceNameIn, o.DeviceOut),
         _("PUT",    "/devices/{device_id}/status",    "operator",  api.set_device_status, "Make a device active, draining or disabled.", w.DeviceStatusIn, o.DeviceOut),
+        _("POST",   "/devices/{device_id}/revoke",    "operator",  api.revoke_device,     "Trust a device no more: its tokens end, its tasks go back.", w.ReasonIn, r.DeviceRevokedOut),
         _("POST",   "/devices/{device_id}/heartbeat", "device",    api.take_heartbeat,    "A sign of life, and what the device holds.", w.HeartbeatIn, o.HeartbeatOut),
         _("GET",    "/devices/{device_id}/stats",     "viewer",    api.device_stats,      "Totals, rates, failures and heartbeats.", None, o.DeviceStatsOut),
         _("GET",    "/devices/{device_id}/heartbeats", "viewer",   api.device_heartbeats, "A device's heartbeats as points for charts.", None, r.BeatsOut, (hours,)),
         _("DELETE", "/devices/{device_id}",           "operator",  api.delete_device,     "Remove a device that is offline."),
-        _("POST",   "/tasks",                         "submitter", api.submit_tasks,      "Submit one task or a list.", (w.TaskIn, w.TasksIn, w.TaskList), (o.SubmittedOut, o.SubmittedListOut, r.PreviewOut), dry_run, status=201),
+        _("POST",   "/tasks",                         "submitter", api.submit_tasks,      "Submit one task or a list.", (w.TaskIn, w.TasksIn, w.TaskList), (o.SubmittedOut, o.SubmittedListOut, r.PreviewOut), dry_run, status=201, other_status=200),
         _("GET",    "/tasks",                         "viewer",    api.list_tasks,        "Tasks, newest first, by pages.", None, o.TaskPageOut, (*FILTERS, *PAGE)),
         _("GET",    "/tasks/pull",                    "device",    api.pull_tasks,        "Ask for tasks; held until there are some.", None, o.PullOut, pull),
         _("GET",    "/tasks/stats",                   "viewer",    api.tasks_stats,       "Counts, and the last hour.", None, o.TasksStatsOut, stats),
-        _("GET",    "/tasks/export",                  "viewer",    api.export_tasks,      "All matching tasks as a file.", None, None, (*FILTERS, *shape), kind="application/x-ndjson"),
+        _("GET",    "/tasks/export",                  "viewer",    api.export_tasks,      "All matching tasks as a file.", None, None, (*FILTERS, *shape), kind="application/x-ndjson, text/csv"),
         _("POST",   "/tasks/report",                  "device",    api.report_tasks,      "What became of tasks.", w.ReportsIn, o.ReportsOut),
         _("PUT",    "/tasks/artifacts",               "device",    api.receive_artifact,  "Send a file, before the report that names it.", None, o.UploadedOut, upload, sent=OCTETS),
         _("POST",   "/tasks/actions",                 "operator",  api.act_on_tasks,      "Cancel or requeue all that a filter matches.", w.ActionIn, o.ActionOut),
         _("GET",    "/tasks/{task_id}",               "viewer",    api.get_task,          "One task with all that belongs to it.", None, o.TaskDetailOut),
-        _("GET",    "/tasks/{task_id}/artifacts/{artifact_id}", "viewer", api.download_artifact, "A file of a task.", kind=OCTETS),
+        _("GET",    "/tasks/{task_id}/artifacts/{artifact_id}", "viewer", api.download_artifact, "A file of a task.", kind=OCTETS, other_status=304),
         _("GET",    "/tasks/{task_id}/why",           "viewer",    api.explain_task,      "Why a task waits, device by device.", None, o.WhyOut),
         _("PUT",    "/tasks/{task_id}/assign",        "operator",  api.assign_task,       "Pin a waiting task to a device.", w.AssignIn, o.ChangedOut),
-        _("PUT",    "/tasks/{task_id}/status",        "device",    api.set_task_status,   "Report one task, for simple clients.", w.StatusIn, o.StatusOut),
+        _("PUT",    "/tasks/{task_id}/status",        "device, operator", api.set_task_status,   "Report one task, for simple clients.", w.StatusIn, o.StatusOut),
         _("POST",   "/tasks/{task_id}/cancel",        "operator",  api.cancel_task,       "Cancel a task.", w.ReasonIn, o.StatusOut),
         _("POST",   "/tasks/{task_id}/requeue",       "operator",  api.requeue_task,      "Give a failed or cancelled task another life.", w.ReasonIn, o.ChangedOut),
         _("GET",    "/batches",                       "viewer",    api.list_batches,      "Batches with their counts.", None, o.BatchesOut, batch_page),
@@ -534,12 +596,19 @@ def routes(api: Api) -> tuple[tuple[str, tuple[Route, ...]], ...]:
         _("GET",    "/system",                        "viewer",    api.about_system,      "The master itself: database, writer, latency, settings, states.", None, r.SystemOut),
         _("GET",    "/system/overview",               "viewer",    api.overview,          "The system at a glance.", None, r.OverviewOut),
         _("GET",    "/system/series",                 "viewer",    api.system_series,     "What was done over the last hour or day, as points for charts.", None, r.SeriesOut, series),
+        _("GET",    "/system/backups",                "operator",  api.list_backups,      "The master's own backups, newest first.", None, r.BackupsOut),
+        _("POST",   "/system/backup",                 "admin",     api.make_backup,       "Make a backup now.", w.ReasonIn, r.BackupMadeOut),
         _("GET",    "/strategy",                      "viewer",    api.get_strategy,      "The load-balancing strategy in force.", None, o.StrategyOut),
         _("PUT",    "/strategy",                      "operator",  api.set_strategy,      "Switch the strategy.", w.StrategyIn, o.StrategyOut),
         _("GET",    "/events",                        "viewer",    api.stream_events,     "What happens, as server-sent events.", kind="text/event-stream"),
         _("GET",    "/events/history",                "viewer",    api.event_history,     "What happened, kept: all but the routine life of tasks.", None, r.HistoryOut, happened),
+        _("GET",    "/session",                       "public",    api.session,           "Who am I for the master?", None, r.SessionOut),
         _("POST",   "/login",                         "public",    api.login,             "Trade a key for a session cookie.", w.LoginIn, status=204),
         _("POST",   "/logout",                        "public",    api.logout,            "Forget the session cookie.", status=204),
+        _("GET",    "/keys",                          "admin",     api.list_keys,         "Keys, newest first; tokens of devices only where asked for.", None, r.KeysOut, key_page),
+        _("POST",   "/keys",                          "admin",     api.create_key,        "Make a key, which is told this once.", w.KeyIn, r.NewKeyOut, status=201),
+        _("DELETE", "/keys/{key_id}",                 "admin",     api.revoke_key,        "Revoke a key, at once.", None, r.KeyOut),
+        _("GET",    "/audit",                         "admin",     api.list_audit,        "Who did what, from where, and how it ended.", None, r.AuditOut, audited),
         _("GET",    "/openapi.json",                  "viewer",    api.openapi_document,  "This API as an OpenAPI document."),
     )), ("", (
         _("GET",    "/",                              "public",    api.dashboard,         "The dashboard."),
@@ -565,8 +634,10 @@ def _(
     status: int = 200,
     kind: str = "application/json",
     sent: str = "application/json",
+    other_status: int | None = None,
 ) -> Route:
-    return Route(Operation(method, path, role, summary, request, response, query, status, kind, sent), handler)
+    said = (summary, request, response, query, status, kind, sent, other_status)
+    return Route(Operation(method, path, role, *said), handler)
 
 
 # -- from messages to verbs and back ------------------------------------------------------------------------------

@@ -29,7 +29,9 @@ class BatchHandlers:
         body = wire.decode(call.body, wire.ActionIn)
         filters = body.filter.filters()
         matched = self.reads.count(filters)
-        changed = 0 if body.dry_run else self._act(body.action, filters, body.reason, call.peer)
+        call.told.update(do=body.action, filter=filters, reason=body.reason, dry_run=body.dry_run)
+        changed = 0 if body.dry_run else self._act(body.action, filters, body.reason, call.who.actor)
+        call.told.update(changed=changed)
         return {"matched": matched.count, "matched_is_capped": matched.is_capped, "changed": changed}
 
     def _act(self, action: str, filters: dict[str, Any], reason: str | None, by: str) -> int:
@@ -98,11 +100,12 @@ class BatchHandlers:
     def cancel_batch(self, call: Call) -> Any:
         reply = self._set_batch(call, "cancelled")
         unfinished = {"batch": reply["name"], "status": ("scheduled", "pending", "assigned", "running")}
-        return {**reply, "changed": self._act("cancel", unfinished, "its batch was cancelled", call.peer)}
+        return {**reply, "changed": self._act("cancel", unfinished, "its batch was cancelled", call.who.actor)}
 
     def _set_batch(self, call: Call, state: str) -> dict[str, Any]:
         name = wire.check_line(call.names["name"], "name")
         reason = wire.decode(call.body or b"{}", wire.ReasonIn).reason
+        call.told.update(reason=reason)
         if not self.store.write(db.set_batch_state, name, state, reason):
             self._no_batch()
         return {"name": name, "state": state, "changed": 0}

@@ -65,12 +65,14 @@ class DeviceHandlers:
     # PUT /devices/{device_id} {device_name} -> 200 the device; null: the name that its worker gives it
     def rename_device(self, call: Call) -> Any:
         name = wire.decode(call.body, wire.DeviceNameIn).device_name
+        call.told.update(name=name)
         self.store.write(devices.rename, call.names["device_id"], name)
         return self._device(call.names["device_id"])
 
     # PUT /devices/{device_id}/status {status, reason?} -> 200 the device
     def set_device_status(self, call: Call) -> Any:
         body = wire.decode(call.body, wire.DeviceStatusIn)
+        call.told.update(status=body.status, reason=body.reason)
         device_id = call.names["device_id"]
         self.store.write(devices.set_wanted, device_id, body.status, body.reason)
         return self._device(device_id)

@@ -30,7 +30,8 @@ class LimitHandlers:
     # PUT /limits {limits} -> 200 the same as GET: these hold from now on, and no others
     def set_limits(self, call: Call) -> Any:
         wanted = wanted_limits(wire.decode(call.body, wire.LimitsIn))
-        self.store.write(lanes.set_limits, wanted, call.peer)
+        call.told.update(names=[limit.name for limit in wanted])
+        self.store.write(lanes.set_limits, wanted, call.who.actor)
         self.store.write(lanes.reshape)  # a short queue has moved when this is answered; the scheduler goes on
         return self._limits()
 
@@ -38,6 +39,7 @@ class LimitHandlers:
     def open_limit(self, call: Call) -> Any:
         name = call.names["name"]
         value = wire.decode(call.body or b"{}", wire.OpenLimitIn).value
+        call.told.update(value=value)
         opened = self.store.write(
             limits.open_keys, name, None if value is None else json.dumps(value, ensure_ascii=False)
         )
@@ -98,7 +100,9 @@ class LimitHandlers:
 
 
 def _reason(call: Call) -> str | None:
-    return wire.decode(call.body or b"{}", wire.ReasonIn).reason
+    reason = wire.decode(call.body or b"{}", wire.ReasonIn).reason
+    call.told.update(reason=reason)
+    return reason
 
 
 def wanted_limits(body: wire.LimitsIn) -> list[limits.Limit]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import about
@@ -15,6 +16,7 @@ import wire
 from access import Access, Refused
 from attention import Attention
 from backlog import Backlog
+from backups import Backup, Backups, Unable
 from dispatcher import Dispatcher
 from edge import WorkerFile
 from events import Events
@@ -45,6 +47,7 @@ class SystemHandlers:
     attention: Attention
     latency: Latency
     last_deletion: Callable[[], Deletion | None]
+    backups: Backups
     dispatcher: Dispatcher
     events: Events
     access: Access
@@ -126,6 +129,28 @@ class SystemHandlers:
             raise invalid(422, "invalid_field", text, "batch")
         return self.series.points(self.now, hours, *(scopes[0] if scopes else ("all", "")))
 
+    # GET /system/backups -> 200 {folder, daily_at, keep, is_running, last_failure, backups}
+    def list_backups(self, call: Call) -> Any:
+        call.query.finish()
+        return {
+            "folder": self.backups.folder.name if self.backups.folder else None,
+            "daily_at": self.settings.backup_at,
+            "keep": self.settings.backup_keep,
+            "is_running": self.backups.is_running,
+            "last_failure": self.backups.last_failure,
+            "backups": [_backup(path, made) for path, made in self.backups.kept()],
+        }
+
+    # POST /system/backup {} -> 200 {path, name, at, bytes, files, seconds}
+    def make_backup(self, call: Call) -> Any:
+        wire.decode(call.body or b"{}", wire.ReasonIn)
+        try:
+            path, made = self.backups.make(call.who.actor)
+        except Unable as unable:
+            status, retry_after = (503, 60) if unable.code == "backup_failed" else (409, None)
+            raise invalid(status, unable.code, str(unable), retry_after=retry_after) from None
+        return {**_backup(path, made), "path": str(path)}
+
     # GET /strategy -> 200 {strategy, available}
     def get_strategy(self, call: Call) -> Any:
         call.query.finish()
@@ -134,6 +159,7 @@ class SystemHandlers:
     # PUT /strategy {strategy} -> 200 {strategy, available}
     def set_strategy(self, call: Call) -> Any:
         name = wire.decode(call.body, wire.StrategyIn).strategy
+        call.told.update(strategy=name)
         # Only what the config names is imported: a request must not load code that the operator did not choose.
         if name not in self._strategies():
             text = (
@@ -142,7 +168,7 @@ class SystemHandlers:
             )
             raise invalid(422, "invalid_field", text, "strategy")
         self.dispatcher.set_strategy(name)
-        self.store.write(lambda tx: tx.note("system", "strategy", strategy=name, by=call.peer))
+        self.store.write(lambda tx: tx.note("system", "strategy", strategy=name, by=call.who.actor))
         return {"strategy": name, "available": self._strategies()}
 
     def _strategies(self) -> list[str]:
@@ -151,7 +177,8 @@ class SystemHandlers:
     # GET /events (Last-Event-ID: N) -> 200 text/event-stream
     def stream_events(self, call: Call) -> Any:
         last = call.environ.get("HTTP_LAST_EVENT_ID", "")
-        lines = self.events.stream(int(last) if re.fullmatch(r"[0-9]{1,18}", last) else None)
+        after_id = int(last) if re.fullmatch(r"[0-9]{1,18}", last) else None
+        lines = self.events.stream(after_id, lambda: self.access.is_in_force(call.who))
         if lines is None:
             raise invalid(503, "too_many_streams", "Too many event streams are open; poll instead.", retry_after=30)
         return stream(lines, "text/event-stream", ("Cache-Control", "no-cache"))
@@ -170,18 +197,24 @@ class SystemHandlers:
     def login(self, call: Call) -> Any:
         key = wire.decode(call.body, wire.LoginIn).key
         try:
-            cookie = self.access.log_in(call.environ, key)
+            who, cookie = self.access.log_in(call.environ, key)
         except Refused as refused:
             if refused.status == 401:
-                self._tell(history.record_failed_login, call.peer)
+                self._tell(history.record_failed_login, call.who.address)
             raise
-        self._tell(lambda tx: tx.note("access", "login", by=call.peer))
+        call.told.update(who=who)
+        self._tell(lambda tx: tx.note("access", "login", by=who.actor, address=who.address))
         return Answer(None, 204, headers=(("Set-Cookie", cookie),))
 
     def _tell(self, verb: Callable[..., object], *args: Any) -> None:
         """Who may come in does not hang on whether the database takes writes."""
         with contextlib.suppress(StorageFailing, WriterBusy, WriterStopped):
             self.store.write(verb, *args)
+
+    # GET /session -> 200 {role, name, key_needed}; role null: log in first
+    def session(self, call: Call) -> Any:
+        call.query.finish()
+        return {"role": call.who.role, "name": call.who.name or None, "key_needed": not self.access.is_open}
 
     # POST /logout -> 204 and the cookie is gone
     def logout(self, call: Call) -> Any:
@@ -190,3 +223,7 @@ class SystemHandlers:
     # GET /openapi.json -> 200 this table as an OpenAPI 3.1 document
     def openapi_document(self, call: Call) -> Any:
         return openapi.build(self.operations(), version=VERSION)
+
+
+def _backup(path: Path, made: Backup) -> dict[str, Any]:
+    return {"name": path.name, **made._asdict(), "at": wire.iso(made.at)}

@@ -32,7 +32,7 @@ from typing import Any
 import db
 import judging
 from reads import Reads
-from store import Store, sync_folder
+from store import Store, folder_of, make_folder, sync_folder
 from transaction import Tx
 from writer import StorageFailing
 
@@ -117,7 +117,7 @@ class Artifacts:
     def _take(self, artifact: db.Artifact, parts: Iterable[bytes]) -> Path:
         """The whole file, on the disk and as announced; nothing of it is left when that fails."""
         for folder in (self.folder, self._incoming):
-            folder.mkdir(mode=0o700, exist_ok=True)
+            make_folder(folder, mode=0o700)
         if shutil.disk_usage(self.folder).free < artifact.bytes + KEPT_FREE_BYTES:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         path = self._incoming / secrets.token_hex(16)
@@ -161,6 +161,8 @@ class Artifacts:
         if not self._downloads.acquire(blocking=False):
             raise Busy(f"{MOVING_AT_ONCE} files are going out already; ask for this one again in a moment")
         try:
+            if path.resolve() != self.folder.resolve() / path.relative_to(self.folder):
+                raise OSError(errno.ELOOP, "it leads out of its place", str(path))
             parts = Parts(path, self._downloads.release)
         except OSError as error:
             self._downloads.release()
@@ -276,24 +278,36 @@ class Parts:
             self._when_closed()
 
 
-def folder_of(database: Path) -> Path:
-    """Where the files of the tasks in this database lie; they are copied and moved together."""
-    return database.with_name(f"{database.name}.artifacts")
-
-
-def copy_files(database: Path, target: Path) -> int:
-    """Copies the files of a database that may be in use into the folder `target`; returns how many.
+def copy_files(database: Path, target: Path, copied_before: Path | None = None) -> list[int]:
+    """Copies the files of a database that may be in use into the folder `target`, durably; how many bytes each has.
 
     Copy the database first: a file never changes, so that each row of that copy finds its file, unless its task was
-    deleted in between."""
-    copied = 0
+    deleted in between. For the same reason one that `copied_before` has (the folder of an earlier copy) is linked."""
+    sizes = []
     for path in folder_of(database).glob("[0-9]*/*"):
+        if path.is_symlink():
+            continue  # we make none; whoever did must not get what it leads to into a backup
         place = target / folder_of(database).name / path.parent.name
-        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not place.is_dir():
+            place.mkdir(mode=0o700, parents=True)
+        earlier = copied_before / path.parent.name / path.name if copied_before else None
         with contextlib.suppress(FileNotFoundError):
-            shutil.copy2(path, place / path.name)
-            copied += 1
-    return copied
+            if not (earlier and _is_linked(earlier, place / path.name)):
+                shutil.copy2(path, place / path.name)
+                with (place / path.name).open("rb") as copied:
+                    os.fsync(copied.fileno())
+            sizes.append((place / path.name).stat().st_size)
+    for folder in (target / folder_of(database).name).glob("[0-9]*"):
+        sync_folder(folder)
+    return sizes
+
+
+def _is_linked(earlier: Path, place: Path) -> bool:
+    try:
+        os.link(earlier, place)
+    except OSError:  # not there, or no links on this disk
+        return False
+    return True
 
 
 def _is_old(path: Path) -> bool:

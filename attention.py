@@ -6,12 +6,14 @@ never writes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from reads import Reads, iso
 from schema import FAILURES_TO_PROBATION
 
+Watch = Callable[[float, float], "tuple[str, str] | None"]
+"""(now, wall) -> (kind, sentence): one of the master's own parts says what is wrong with it."""
 IDS_SHOWN = 5
 LONG_WAIT_SECONDS = 600.0
 STUCK = ("no_device", "wrong_device", "no_device_runs_type", "no_device_has_tags", "no_device_online")
@@ -43,13 +45,16 @@ _CLOSED_SQL = (
 class Attention:
     """The question; made once, beside the Reads that it asks."""
 
-    def __init__(self, reads: Reads, device_timeout: float) -> None:
+    def __init__(self, reads: Reads, device_timeout: float, *watches: Watch) -> None:
         self._reads = reads
         self._device_timeout = device_timeout
+        self._watches = watches
 
     def items(self, now: float, wall: float, overview: Mapping[str, Any]) -> list[dict[str, Any]]:
         """[{kind, n, ids, detail, until?}] for an overview with its rates, pauses and its oldest waiting task."""
-        found = [*self._devices(now), *self._poison(), *self._closed(now, wall)]
+        own = filter(None, (watch(now, wall) for watch in self._watches))
+        found = [_item(kind, 1, [], detail) for kind, detail in own]
+        found += [*self._devices(now), *self._poison(), *self._closed(now, wall)]
         found += [*_failures(overview["rates"]), *_paused(overview["paused"]), *_waits(overview["oldest_waiting"])]
         return found
 

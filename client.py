@@ -60,13 +60,14 @@ def master_address(settings: Settings, arguments: argparse.Namespace) -> str:
             host = "127.0.0.1" if address.version == 4 else "::1"
         if address.version == 6:
             host = f"[{host}]"
-    return f"http://{host}:{settings.port}"
+    return f"{'https' if settings.ssl_certificate else 'http'}://{host}:{settings.port}"
 
 
 class Master:
     """The public API of one master, with the key, bounded retries, and every trouble as one CommandFailed.
 
-    `pause` waits so many seconds between two attempts; what it raises ends them. `advice` is for when none succeeds.
+    `trust` says which certificates are trusted, and whether http:// may leave private networks. `pause` waits so many
+    seconds between two attempts; what it raises ends them. `advice` is for when none succeeds.
     """
 
     def __init__(
@@ -74,18 +75,25 @@ class Master:
         url: str,
         api_key: str,
         *,
+        trust: Settings | None = None,
         attempts: int = ATTEMPTS,
         pause: Callable[[float], object] = time.sleep,
         advice: str = "start it, or say where it is with --master-url or --mode",
     ):
         import requests
 
+        from executors.device.trust import MasterAdapter, PlainHttp
+
         self.url = url
         self._attempts = attempts
         self.pause = pause
         self._advice = advice
         self._errors = requests.exceptions
+        self._plain_http = PlainHttp
         self._session = requests.Session()
+        self._adapter = MasterAdapter(url, trust)
+        for scheme in ("http://", "https://"):
+            self._session.mount(scheme, self._adapter)
         # A proxy from the environment is never the way to this machine.
         self._session.trust_env = not knobs.is_loopback(urllib.parse.urlsplit(url).hostname or "")
 
@@ -102,6 +110,9 @@ class Master:
 
     def post(self, path: str, body: bytes) -> dict[str, Any]:
         return self._json(self._answer("POST", path, data=body, headers={"Content-Type": "application/json"}))
+
+    def delete(self, path: str) -> dict[str, Any]:
+        return self._json(self._answer("DELETE", path))
 
     def export(self, batch: str, form: str) -> Iterator[bytes]:
         """The rows of a batch's tasks with their results, as whole_rows gives them; `form` is jsonl or csv."""
@@ -122,8 +133,10 @@ class Master:
             try:
                 response = self._session.request(
                     method, f"{self.url}/api/distribution{path}",
-                    timeout=CONNECT_AND_READ_SECONDS, allow_redirects=False, **how,
+                    timeout=CONNECT_AND_READ_SECONDS, allow_redirects=False, verify=self._adapter.verify, **how,
                 )  # fmt: skip
+            except self._plain_http as error:
+                raise CommandFailed(str(error), ExitCode.SETTINGS) from None
             except (self._errors.ConnectionError, self._errors.Timeout, self._errors.ChunkedEncodingError) as error:
                 trouble = _reason(error)
             except self._errors.RequestException as error:
@@ -141,10 +154,13 @@ class Master:
     def _judged(self, response: Any) -> Any:
         status = response.status_code
         if status in (401, 403):
-            raise CommandFailed(
-                f"The master at {self.url} refused the key; write its api_key into the config file or set AF_API_KEY.",
-                ExitCode.REFUSED,
+            why = _detail(response) if status == 403 else ""
+            said = (
+                f"refuses it: {why}"
+                if why
+                else "refused the key; write its api_key into the config file or set AF_API_KEY."
             )
+            raise CommandFailed(f"The master at {self.url} {said}", ExitCode.REFUSED)
         kind = response.headers.get("Content-Type", "")
         if 300 <= status < 400 or "html" in kind or (status >= 400 and "json" not in kind):
             raise self.not_a_master(f" (status {status})")
@@ -177,10 +193,22 @@ class Refused(CommandFailed):
 
 def _reason(error: Exception) -> str:
     """The part of a nested connection error that a person can use."""
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return "its certificate is not trusted here; name your own in ca_file, or write the name that it is for"
+    if "Fingerprints did not match" in str(error):
+        return "its certificate is not the one in ssl_certificate; a master takes a new one when it is started again"
     if "timed out" in str(error).lower():
         return "it did not answer in time"
-    found = re.search(r"\] ([A-Z][A-Za-z ,]+)", str(error)) or re.search(r"(CERTIFICATE_VERIFY_FAILED)", str(error))
+    found = re.search(r"\] ([A-Z][A-Za-z ,]+)", str(error))
     return found.group(1).strip().lower() if found else "the connection failed"
+
+
+def _detail(response: Any) -> str:
+    """The sentence of a problem document, "" where there is none."""
+    try:
+        return one_line(str(response.json()["detail"]))
+    except (ValueError, LookupError, TypeError):
+        return ""
 
 
 def _retry_after(response: Any) -> float:

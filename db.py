@@ -712,8 +712,8 @@ def release(tx: Tx, attempt: Attempt, reason: str, report: Report | None = None)
     """Takes an active attempt's task back; returns the state it went to, or None if nothing was to release.
 
     reason: lost (its device vanished; counts if the start was confirmed), timeout (uses a retry), or one that counts
-    nowhere: handed_back, never_delivered, silent_since_start, device_removed, never_started (in time, on a device that
-    got it ahead of a free slot).
+    nowhere: handed_back, never_delivered, silent_since_start, device_removed, restored (from a backup), never_started
+    (in time, on a device that got it ahead of a free slot).
     """
     task = get_task(tx, attempt.task_id)
     if task is None or task.assignment_id != attempt.id or task.status not in ("assigned", "running"):

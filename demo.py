@@ -32,7 +32,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from client import CommandFailed, CutOff, Master
 from demo_site import MODULES, SiteError, Stopped, build_site, count_pages, serve_site
-from settings import ExitCode
+from settings import ExitCode, Settings
 
 # Waits of 0.5, 1, 2, 4 and 7 times 8 s.
 ATTEMPTS = 12
@@ -66,6 +66,7 @@ def run(
     folder: Path,
     output_folder: Path,
     *,
+    trust: Optional[Settings] = None,
     modules: tuple[str, ...] = MODULES,
     stop: Optional[threading.Event] = None,
     out: Optional[TextIO] = None,
@@ -82,7 +83,7 @@ def run(
     screen.say(f"site: {site} ({count_pages(site)} pages)")
     with serve_site(site, folder, screen.say) as url:
         task_data = {"url": url, "follow": {"same_host": True}}
-        return Job("demo", task_data, reach(master_url, api_key, stop), output_folder, screen).finish()
+        return Job("demo", task_data, reach(master_url, api_key, trust, stop), output_folder, screen).finish()
 
 
 def crawl(
@@ -93,6 +94,7 @@ def crawl(
     master_url: str,
     api_key: str,
     output_folder: Path,
+    trust: Optional[Settings] = None,
     stop: Optional[threading.Event] = None,
     out: Optional[TextIO] = None,
 ) -> Optional[Summary]:
@@ -105,7 +107,7 @@ def crawl(
     if depth is not None:
         follow["max_depth"] = depth
     task_data = {"url": url, "follow": follow}
-    return Job("crawl", task_data, reach(master_url, api_key, stop), output_folder, Screen(out)).finish()
+    return Job("crawl", task_data, reach(master_url, api_key, trust, stop), output_folder, Screen(out)).finish()
 
 
 def start_url(url: str) -> str:
@@ -127,7 +129,7 @@ def start_url(url: str) -> str:
 # One job: submit, watch, write
 
 
-def reach(master_url: str, api_key: str, stop: Optional[threading.Event]) -> Master:
+def reach(master_url: str, api_key: str, trust: Optional[Settings], stop: Optional[threading.Event]) -> Master:
     """The master, with a crawl's patience; every wait ends with Stopped when `stop` is set."""
     stopping = stop or threading.Event()
 
@@ -136,7 +138,7 @@ def reach(master_url: str, api_key: str, stop: Optional[threading.Event]) -> Mas
             raise Stopped
 
     advice = "the same command goes on where this one ends"
-    return Master(master_url, api_key, attempts=ATTEMPTS, pause=pause, advice=advice)
+    return Master(master_url, api_key, trust=trust, attempts=ATTEMPTS, pause=pause, advice=advice)
 
 
 class Job:

@@ -459,6 +459,21 @@ def _say_goodbye(tx: Tx, presence: Presence, device_id: str) -> None:
     tx.note("device", "device_stopped", device=device_id)
 
 
+def revoke(tx: Tx, presence: Presence, device_id: str, by: str, reason: str | None) -> int:
+    """The device is not trusted any more: what it held goes back to the queue now, and no loss is counted; how many.
+    The same process may register again, if it has a key that may. Raises UnknownDevice."""
+    changed = tx.execute("UPDATE af_device SET boot_id = NULL, recent_boots = '[]' WHERE device_id = ?", (device_id,))
+    if not changed.rowcount:
+        raise UnknownDevice(f"there is no device {device_id}")
+    presence.doubt(device_id)
+    released = sum(db.release(tx, attempt, "handed_back") is not None for attempt in db.active_attempts(tx, device_id))
+    presence.online.discard(device_id)
+    presence.seen.pop(device_id, None)
+    presence.last_beat.pop(device_id, None)
+    tx.note("device", "device_revoked", device=device_id, by=by, reason=reason)
+    return released
+
+
 def release_silent(tx: Tx, presence: Presence, device_timeout: float) -> int:
     """Takes back the tasks of every device that was silent for device_timeout seconds; returns how many.
 

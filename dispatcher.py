@@ -328,6 +328,8 @@ class Dispatcher:
             elif self._failing and note.verb in ("complete", "fail") and note.facts["device"] in self._failing:
                 with contextlib.suppress(WriterBusy, WriterStopped):  # the next pull comes anyway
                     self._store.writer.post(self._store.want_dispatch)
+            elif note.verb == "device_revoked":
+                self._say(note.facts["device"])
             elif note.verb == "device_wanted":
                 self._say(note.facts["device"], drain=note.facts["status"] != "active")
 
@@ -601,7 +603,9 @@ class Dispatcher:
         if not ask.take():
             ask.free, ask.ahead = 0, {}
             return False
-        self._store.writer.when_undone(lambda: ask.answer(StorageFailing("the assignment could not be stored")))
+        writer = self._store.writer
+        text = "the assignment could not be stored"
+        writer.when_undone(lambda: ask.answer(StorageFailing(text, writer.storage.retry_after)))
         return True
 
     def _choose(self, now: Round, waiting: Waiting, fitting: Sequence[Ask]) -> Ask:

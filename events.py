@@ -12,7 +12,7 @@ import json
 import logging
 import threading
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from transaction import NOTED_ALONE, Note
@@ -76,20 +76,23 @@ class Events:
                 last = event.id
                 yield event
 
-    def stream(self, after_id: int | None) -> Iterator[bytes] | None:
-        """The same as server-sent events; None when max_streams are open already."""
+    def stream(self, after_id: int | None, may_go_on: Callable[[], bool] = lambda: True) -> Iterator[bytes] | None:
+        """The same as server-sent events; None when max_streams are open already. It ends before the line at which
+        `may_go_on` says no."""
         with self._bell:
             if self._streams >= self._max_streams or self._closed:
                 return None
             self._streams += 1
             # Now and not when the first line is asked for: what happens from here on is the caller's.
             last = self._last_id if after_id is None or after_id > self._last_id else after_id
-        return self._lines(last)
+        return self._lines(last, may_go_on)
 
-    def _lines(self, after_id: int) -> Iterator[bytes]:
+    def _lines(self, after_id: int, may_go_on: Callable[[], bool]) -> Iterator[bytes]:
         try:
             yield b": hello\n\n"
             for event in self.follow(after_id):
+                if not may_go_on():
+                    return
                 if event is None:
                     yield b": still here\n\n"
                 else:

@@ -21,18 +21,21 @@ FAILED_LOGINS_A_MINUTE = 100
 """So many rows at most tell of failed logins in a minute, and one of each address."""
 KEPT = frozenset({
     "device_registered", "device_online", "device_offline", "device_stopped", "device_conflict", "device_wanted",
-    "device_renamed", "device_removed",
+    "device_renamed", "device_removed", "device_revoked",
     "release",
     "batch_open", "batch_paused", "batch_cancelled",
     "paused", "resumed", "lane_paused", "lane_resumed", "limits", "limit_closed", "limit_opened", "strategy",
-    "clock_moved", "master_started", "master_stopped",
+    "clock_moved", "deletion_waits", "master_started", "master_stopped",
+    "backup", "backup_failed", "restored",
     "login",
 })  # fmt: skip
 """The verbs of the notes that are kept; a release is kept as release, timeout or poison."""
-PRESENCE = ("device_registered", "device_online", "device_offline", "device_stopped", "device_removed")
+PRESENCE = (
+    "device_registered", "device_online", "device_offline", "device_stopped", "device_removed", "device_revoked",
+)  # fmt: skip
 SAYS_AGAIN = {
     "device_online": ("device_registered", "device_online"),
-    "device_offline": ("device_offline", "device_stopped", "device_removed"),
+    "device_offline": ("device_offline", "device_stopped", "device_removed", "device_revoked"),
 }
 """After a start of the master every device is heard or missed for the first time: after these that is no news."""
 VERBS_LOOKED_AT = 50

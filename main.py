@@ -28,7 +28,7 @@ from client import CommandFailed, Master, Refused, master_address
 from settings import MODES, ExitCode, Settings, SettingsError, one_line
 from task_files import Line, canonical_json, read_tasks
 
-CLIENT_KEYS = ("mode", "host", "port", "master_url")
+CLIENT_KEYS = ("mode", "host", "port", "master_url", "ca_file", "insecure_http")
 CHUNK_TASKS = 1000
 # Below the master's smallest sensible limit for a body (8 MiB unless changed), with room for the envelope.
 CHUNK_BYTES = 4 * 1024 * 1024
@@ -77,7 +77,7 @@ def show_status(argv: list[str]) -> int:
         "--status", action="store_true", help="show devices, counts and the oldest waiting task, and end"
     )
     settings, arguments = _client_settings(argv, parser)
-    master = Master(master_address(settings, arguments), settings.api_key, attempts=1)
+    master = Master(master_address(settings, arguments), settings.api_key, trust=settings, attempts=1)
     overview = master.get("/system/overview")
     devices = master.get("/devices").get("devices")
     if "tasks" not in overview or not isinstance(devices, list):
@@ -178,7 +178,7 @@ def submit(argv: list[str]) -> int:
     total = sum(1 for _ in read_tasks(path))  # the whole file is read before anything is sent
     if not total:
         raise CommandFailed(f"{path} holds no task", ExitCode.SETTINGS)
-    master = Master(master_address(settings, arguments), settings.api_key)
+    master = Master(master_address(settings, arguments), settings.api_key, trust=settings)
     counts: dict[str, int] = {}
     with _progress(total) as advance:
         for chunk in _chunks(_prepared(read_tasks(path), arguments.batch)):
@@ -292,7 +292,7 @@ def results(argv: list[str]) -> int:
     parser.add_argument("--format", choices=("jsonl", "csv"), default="jsonl")
     parser.add_argument("--output", metavar="FILE", help="instead of standard output; written whole or not at all")
     settings, arguments = _client_settings(argv, parser)
-    master = Master(master_address(settings, arguments), settings.api_key)
+    master = Master(master_address(settings, arguments), settings.api_key, trust=settings)
     rows = -1 if arguments.format == "csv" else 0  # the names of the columns are no task
     with _destination(arguments.output) as output:
         for row in master.export(arguments.batch, arguments.format):

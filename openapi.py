@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, Optional, Union
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
-from values import ERROR_MESSAGE_LENGTH, NAME_PATTERN
+from values import BIGGEST_INTEGER, ERROR_MESSAGE_LENGTH, LINE_PATTERN, NAME_PATTERN, STATES_PATTERN
 
 PREFIX = "/api/distribution"
 
@@ -50,6 +50,8 @@ class Operation(NamedTuple):
     response_type: str = "application/json"
     request_type: str = "application/json"
     """Of the body; one of another type is a file, which only its handler reads, piece by piece."""
+    other_status: Optional[int] = None
+    """Another good answer: 200 where nothing new came of it, 304 where the asker has it already."""
 
 
 # ----------------------------------------------------------------------------------------- replies
@@ -371,6 +373,7 @@ class RegisterOut(Struct):
     keep: list[int]
     cancel: list[int]
     server_time: str
+    token: Union[str, UnsetType] = UNSET
 
 
 class HeartbeatOut(Struct):
@@ -498,19 +501,21 @@ class StrategyOut(Struct):
 
 # ----------------------------------------------------------------------------------------- query parameters
 
-TEXT: dict[str, Any] = {"type": "string", "maxLength": 128}
+TEXT: dict[str, Any] = {"type": "string", "maxLength": 128, "pattern": LINE_PATTERN}
 NAME: dict[str, Any] = {"type": "string", "pattern": NAME_PATTERN}
 TIME: dict[str, Any] = {"type": "string", "format": "date-time"}
-NUMBER: dict[str, Any] = {"type": "integer", "minimum": 1}
+NUMBER: dict[str, Any] = {"type": "integer", "minimum": 1, "maximum": BIGGEST_INTEGER}
+LINE: dict[str, Any] = {**TEXT, "minLength": 1}
+STATES: dict[str, Any] = {"type": "string", "maxLength": 128, "pattern": STATES_PATTERN}
 
 FILTERS = (
-    Query("status", TEXT, "One state, or several separated by commas"),
+    Query("status", STATES, "One state, or several separated by commas"),
     Query("task_type", NAME, "Exactly this type"),
     Query("device_id", NAME, "Assigned to this device, or ended there"),
     Query("batch", TEXT, "Exactly this batch"),
     Query("username", TEXT, "Exactly this username"),
     Query("app_id", TEXT, "Exactly this app_id"),
-    Query("text", {"type": "string", "maxLength": 1024}, "The beginning of unique_key, username or app_id"),
+    Query("text", {**TEXT, "maxLength": 1024}, "The beginning of unique_key, username or app_id"),
     Query("created_after", TIME, "Created then or later"),
     Query("created_before", TIME, "Created then or earlier"),
     Query("parent_id", NUMBER, "Created by this task"),
@@ -518,11 +523,12 @@ FILTERS = (
 )
 PAGE = (
     Query("limit", {"type": "integer", "minimum": 1, "maximum": 200, "default": 50}, "The size of a page"),
-    Query("cursor", {"type": "string", "pattern": "^[0-9]{1,19}$"}, "next_cursor of the page before"),
+    Query("cursor", NUMBER, "next_cursor of the page before"),
 )
 
 # ----------------------------------------------------------------------------------------- the document
 
+EVENTS = "text/event-stream"  # each event is JSON of its own kind
 REFERENCE = "#/components/schemas/{name}"
 PARAMETER = re.compile(r"\{(\w+)\}")
 
@@ -577,8 +583,14 @@ def _operation(row: Operation, known: dict[str, Any]) -> dict[str, Any]:
         document["requestBody"] = {"required": True, "content": {row.request_type: {}}}
     elif row.request is not None:
         content = {"application/json": {"schema": _schema(row.request, known)}}
-        document["requestBody"] = {"required": True, "content": content}
+        document["requestBody"] = {"required": not may_be_left_out(row.request), "content": content}
     return document
+
+
+def may_be_left_out(request: Any) -> bool:
+    """A body in which no field is required: the path says it all."""
+    fields = getattr(request, "__struct_fields__", ())
+    return bool(fields) and not any(field.required for field in msgspec.structs.fields(request))
 
 
 def _responses(row: Operation, known: dict[str, Any]) -> dict[str, Any]:
@@ -586,9 +598,13 @@ def _responses(row: Operation, known: dict[str, Any]) -> dict[str, Any]:
     if row.response is not None:
         good["content"] = {row.response_type: {"schema": _schema(row.response, known)}}
     elif row.response_type != "application/json":
-        good["content"] = {row.response_type: {"schema": {"type": "string"}}}
+        one: dict[str, Any] = {} if row.response_type == EVENTS else {"schema": {"type": "string"}}
+        good["content"] = dict.fromkeys(row.response_type.split(", "), one)
     problem = {"application/problem+json": {"schema": _schema(Problem, known)}}
     answers = {str(row.status): good}
+    if row.other_status is not None:
+        other = {"description": HTTPStatus(row.other_status).phrase}
+        answers[str(row.other_status)] = {**good, **other} if row.other_status < 300 else other
     for status in _problems(row):
         answers[str(status)] = {"description": HTTPStatus(status).phrase, "content": problem}
     return answers
@@ -597,8 +613,10 @@ def _responses(row: Operation, known: dict[str, Any]) -> dict[str, Any]:
 def _problems(row: Operation) -> list[int]:
     """The errors that an operation of this kind can answer."""
     found = {400, 403, 422, 429, 503} | ({401} if row.role != "public" or row.path == "/login" else set())
-    if PARAMETER.search(row.path) or row.role == "device":
+    if PARAMETER.search(row.path) or "device" in row.role:
         found |= {404, 409, 410}
+    if row.method != "GET":
+        found |= {409}
     if row.request is not None or row.request_type != "application/json":
         found |= {411, 413, 415}
     if row.request_type != "application/json":
@@ -607,8 +625,8 @@ def _problems(row: Operation) -> list[int]:
 
 
 def _path_parameter(name: str) -> dict[str, Any]:
-    numbers, names = ("task_id", "artifact_id", "lane_id"), ("device_id", "task_type")
-    schema = NUMBER if name in numbers else NAME if name in names else TEXT
+    numbers, names = ("task_id", "artifact_id", "lane_id", "key_id"), ("device_id", "task_type")
+    schema = NUMBER if name in numbers else NAME if name in names else LINE
     return {"name": name, "in": "path", "required": True, "schema": schema}
 
 
@@ -617,6 +635,7 @@ def _query_parameter(query: Query) -> dict[str, Any]:
         "name": query.name,
         "in": "query",
         "required": query.is_required,
+        "allowEmptyValue": not query.is_required,  # the same as not given
         "description": query.text,
         "schema": query.schema,
     }

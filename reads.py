@@ -13,14 +13,14 @@ import json
 import os
 import queue
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from peewee import SqliteDatabase
+from peewee import DatabaseError, SqliteDatabase
 
 from listing import ACTIVE_SQL, STATES, Walked, plan, walk_down, walk_up
 from schema import FAILURES_TO_PROBATION
@@ -97,6 +97,8 @@ class Reads:
         self._path = os.fspath(path)
         self._wait_seconds = wait_seconds
         self._is_closed = False
+        self.is_storage_at_fault: Callable[[Exception], bool] = lambda error: False
+        """Is asked what SQLite meant when it could not read."""
         self._free: queue.LifoQueue[SqliteDatabase] = queue.LifoQueue()
         for _ in range(connections):
             self._free.put(self._new_connection())
@@ -133,6 +135,10 @@ class Reads:
         try:
             database.connect(reuse_if_open=True)
             yield database.connection()
+        except (sqlite3.DatabaseError, DatabaseError) as error:  # peewee has one of its own
+            if self.is_storage_at_fault(error):
+                raise ReadsBusy("the database cannot be read now") from error
+            raise
         finally:
             if self._is_closed:
                 database.close()
@@ -147,7 +153,8 @@ class Reads:
             try:
                 yield connection
             finally:
-                connection.execute("COMMIT")
+                if connection.in_transaction:  # SQLite ends it by itself after some errors
+                    connection.execute("COMMIT")
 
     def _all_rows(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """Every row at once, so that the cursor is done before the connection goes back."""

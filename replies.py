@@ -12,6 +12,75 @@ from msgspec import UNSET, Struct, UnsetType
 
 from openapi import BatchOut, Counts, DeviceOut, Moment, PauseOut, TaskState
 
+Role = Literal["viewer", "submitter", "operator", "admin", "enroll", "device"]
+
+
+class SessionOut(Struct):
+    """Who asks: role null is nobody yet. key_needed false: the master takes everybody on its machine for an admin."""
+
+    role: Optional[Role]
+    name: Optional[str]
+    key_needed: bool
+
+
+class KeyOut(Struct, kw_only=True):
+    """A key, without its secret. device_id: of a device's own token. uses_left: so many devices it may still enroll."""
+
+    id: int
+    name: str
+    role: Role
+    device_id: Optional[str]
+    created_at: str
+    created_by: str
+    expires_at: Moment
+    uses_left: Optional[int]
+    last_used_at: Moment
+    last_used_from: Optional[str]
+    revoked_at: Moment
+
+
+class NewKeyOut(KeyOut, kw_only=True):
+    """The only time that the key itself is told."""
+
+    key: str
+
+
+class KeysOut(Struct):
+    """Newest first."""
+
+    keys: list[KeyOut]
+    next_cursor: Optional[str]
+
+
+class DeviceRevokedOut(Struct):
+    """How many of its tokens open nothing any more, and how many tasks went back to the queue."""
+
+    device_id: str
+    tokens: int
+    tasks: int
+
+
+class AuditEntryOut(Struct, kw_only=True):
+    """outcome is "ok" or the code of the refusal; actor is the key's name, or an address; role null is nobody known."""
+
+    id: int
+    at: str
+    actor: str
+    role: Optional[Role]
+    key_id: Optional[int]
+    address: str
+    action: str
+    object: Optional[str]
+    outcome: str
+    detail: dict[str, Any]
+
+
+class AuditOut(Struct):
+    """Newest first."""
+
+    entries: list[AuditEntryOut]
+    next_cursor: Optional[str]
+
 
 class PointOut(Struct, kw_only=True):
     """What ended in the step that begins `at`."""
@@ -153,7 +222,7 @@ class AttentionOut(Struct, kw_only=True):
 
     kind: Literal[
         "devices_offline", "device_conflict", "device_problem", "black_hole", "poison", "limit_closed", "paused",
-        "oldest_waiting", "failures",
+        "oldest_waiting", "failures", "storage", "backup", "clock",
     ]  # fmt: skip
     n: int
     ids: list[Union[int, str]]
@@ -178,6 +247,33 @@ class OverviewOut(Struct, kw_only=True):
     writer_queue: int
     held_polls: int
     has_worker_file: bool
+
+
+class BackupOut(Struct, kw_only=True):
+    """One backup; `name` is its folder."""
+
+    name: str
+    at: str
+    bytes: int
+    files: int
+    seconds: float
+
+
+class BackupMadeOut(BackupOut, kw_only=True):
+    """`path`: where it lies on the master's machine."""
+
+    path: str
+
+
+class BackupsOut(Struct, kw_only=True):
+    """Newest first. `folder` null: none are made."""
+
+    folder: Optional[str]
+    daily_at: str
+    keep: int
+    is_running: bool
+    last_failure: Optional[str]
+    backups: list[BackupOut]
 
 
 class PercentilesOut(Struct):

@@ -16,15 +16,18 @@ from typing import NamedTuple
 
 import schedule
 
+import audit
 import db
 import devices
 import history
+import keys
 import lanes
 import limits
 import retention
 from dispatcher import Dispatcher
 from store import Store
 from transaction import MINUTE_FIELDS, Tx
+from writer import StorageFailing
 
 log = logging.getLogger("af.scheduler")
 
@@ -35,6 +38,8 @@ RETURN_SECONDS = 60.0
 """After a start or a sleep, devices get this long to come back before a deadline takes their tasks."""
 GOES_ON_SECONDS = 1.0
 """A job that returns True has more to do, and runs again at once, for so long."""
+PROBE_BYTES = 256 * 1024
+"""Written while the storage is in trouble: where this has room, reports and assignments have."""
 CHUNK = 500
 PAGES_A_RUN = 1000
 MINUTES_KEPT_SECONDS = 2 * 86400.0
@@ -54,6 +59,7 @@ class Times:
     retention_days: float
     heartbeat_retention_days: float
     event_retention_days: float
+    audit_retention_days: float
 
 
 class Deletion(NamedTuple):
@@ -79,6 +85,9 @@ class Scheduler:
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self.last_tick_at = 0.0
         self.last_deletion: Deletion | None = None
+        self.deletes_from = 0.0
+        """Before this moment nothing old is deleted (retention.py)."""
+        self._may_have_probe = True
         self._deletes_on = False
         self._keys_seen = 0
         #             every (s)                      what happens
@@ -87,6 +96,7 @@ class Scheduler:
             (1.0, self.promote_due),
             (1.0, self.release_overdue),
             (1.0, self.write_beats),
+            (1.0, self.probe_storage),
             (times.timeout_check_interval, self.release_silent),
             (60.0, self.remember_time),
             (300.0, self.thin_heartbeats),
@@ -95,6 +105,7 @@ class Scheduler:
             (1.0, self.reshape_lanes),
             (30.0, self.forget_lanes),
             (60.0, self.forget_events),
+            (60.0, self.forget_audit),
         )
         self.chores = tuple(chores)
 
@@ -127,6 +138,8 @@ class Scheduler:
         try:
             while self._store.write(job) is True and time.monotonic() < until and not self._stop.is_set():
                 pass
+        except StorageFailing:
+            pass  # storage.py says so, once a minute
         except Exception:
             # Caught here because a job that raises would leave the library's loop and never run again.
             log.exception("%s failed; it runs again at its next time", job.__name__)
@@ -134,6 +147,8 @@ class Scheduler:
     def _run_chore(self, chore: Callable[[], object]) -> None:
         try:
             chore()
+        except StorageFailing:
+            pass
         except Exception:
             log.exception("%s failed; it runs again at its next time", chore.__name__)
 
@@ -160,14 +175,36 @@ class Scheduler:
         ahead of a free slot and has not begun."""
         if tx.now - self._presence.watching_since < min(RETURN_SECONDS, self._times.device_timeout):
             return 0
+        if self._store.writer.storage.trouble:
+            return 0
         return sum(db.release(tx, attempt, "timeout") is not None for attempt in db.overdue_attempts(tx, CHUNK))
 
     def write_beats(self, tx: Tx) -> None:
         """The beats of idle devices, all of this second together."""
         devices.write_beats(tx, self._presence)
 
+    def probe_storage(self, tx: Tx) -> bool:
+        """While the storage is in trouble: does it take writes again? Then devices get their full time, and before it
+        the time that they were told to keep away. True while the probe is there, to be removed by the next run."""
+        storage = self._store.writer.storage
+        if storage.trouble:
+            sql = "INSERT OR REPLACE INTO af_meta (key, value) VALUES ('probe', zeroblob(?))"
+            tx.execute(sql, (PROBE_BYTES,))
+            self._store.writer.when_committed(lambda: self._go_on(tx.now))
+            self._may_have_probe = True
+            return True
+        if self._may_have_probe:
+            tx.execute("DELETE FROM af_meta WHERE key = 'probe'")
+            self._may_have_probe, tx.wants_dispatch = False, True
+        return False
+
+    def _go_on(self, now: float) -> None:
+        self._presence.watching_since = now + self._store.writer.storage.works()
+
     def release_silent(self, tx: Tx) -> int:
-        """Takes back the tasks of devices that have been silent for device_timeout."""
+        """Takes back the tasks of devices that have been silent for device_timeout; none while nobody can be heard."""
+        if self._store.writer.storage.trouble:
+            return 0
         return devices.release_silent(tx, self._presence, self._times.device_timeout)
 
     def remember_time(self, tx: Tx) -> None:
@@ -177,6 +214,8 @@ class Scheduler:
 
     def thin_heartbeats(self, tx: Tx) -> None:
         """Beats older than an hour are kept one per five minutes, and none longer than their retention."""
+        if tx.now < self.deletes_from:
+            return
         tx.execute(
             "DELETE FROM af_device_heartbeat WHERE id IN (SELECT id FROM af_device_heartbeat WHERE heartbeat_at < ?"
             " ORDER BY heartbeat_at LIMIT ?)",
@@ -197,6 +236,8 @@ class Scheduler:
 
     def delete_finished(self, tx: Tx) -> bool:
         """Retention: a small batch at a time, its pages given back to the disk; True while there is more of it."""
+        if tx.now < self.deletes_from:
+            return False
         deleted = retention.delete_finished(tx, tx.now - self._times.retention_days * 86400.0, CHUNK)
         give_pages_back(tx, PAGES_A_RUN)
         if deleted:
@@ -208,6 +249,8 @@ class Scheduler:
     def roll_up(self, tx: Tx) -> bool:
         """A minute older than two days becomes part of its hour (but for batches), and hours go with the retention of
         tasks; True while there may be more of them. One at a time: each has a row for every device."""
+        if tx.now < self.deletes_from:
+            return False
         until = int(tx.now - MINUTES_KEPT_SECONDS) // 3600 * 3600
         minute: int | None = tx.one("SELECT MIN(minute_at) FROM af_minute WHERE minute_at < ?", (until,))[0]
         if minute is not None:
@@ -238,7 +281,26 @@ class Scheduler:
 
     def forget_events(self, tx: Tx) -> bool:
         """What happened long ago; True while there is more of it."""
+        if tx.now < self.deletes_from:
+            return False
         return history.forget(tx, tx.now - self._times.event_retention_days * 86400.0, CHUNK) == CHUNK
+
+    def forget_audit(self, tx: Tx) -> bool:
+        """Who did what long ago, and keys that ended before that; True while there is more of it."""
+        before = tx.now - self._times.audit_retention_days * 86400.0
+        if tx.now < self.deletes_from:
+            return False
+        return max(audit.forget(tx, before, CHUNK), keys.forget_ended(tx, before, CHUNK)) == CHUNK
+
+    def watch(self, now: float, wall: float) -> tuple[str, str] | None:
+        """What a person should look at (attention.py)."""
+        if now >= self.deletes_from:
+            return None
+        return "clock", (
+            "This master started more than a day after the last moment that its database knows, so nothing old is"
+            f" deleted for {(self.deletes_from - now) / 60:.0f} min. If this machine's clock is wrong, stop the master,"
+            " set the clock and restore the newest backup."
+        )
 
 
 def give_pages_back(tx: Tx, limit: int) -> None:

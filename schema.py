@@ -22,10 +22,11 @@ from peewee import (
 
 APPLICATION_ID = 0x41464431
 """PRAGMA application_id of our files: "AFD1"."""
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 TASK_STATES = ("scheduled", "pending", "assigned", "running", "completed", "failed", "cancelled")
 ATTEMPT_STATES = ("assigned", "running", "completed", "failed", "snoozed", "timeout", "released", "cancelled")
 EVENT_KINDS = ("device", "task", "batch", "system", "access")
+KEY_ROLES = ("viewer", "submitter", "operator", "admin", "enroll", "device")
 ACTIVE = "'assigned', 'running'"
 FAILURES_TO_PROBATION = 5
 """A device that fails so many tasks in a row gets one at a time until it succeeds."""
@@ -385,6 +386,49 @@ class Event(Table):
         table_name = "af_event"
 
 
+class AccessKey(Table):
+    """A key that programs and persons send. `digest` is the sha256 of its text, which nobody keeps."""
+
+    id = _autoincrement()
+    name = TextField()
+    role = TextField(constraints=[Check(_one_of("role", *KEY_ROLES))])
+    digest = TextField()
+    device_id = TextField(null=True)
+    created_at = DoubleField()
+    created_by = TextField()
+    expires_at = DoubleField(null=True)
+    uses_left = IntegerField(null=True)
+    last_used_at = DoubleField(null=True)
+    last_used_from = TextField(null=True)
+    revoked_at = DoubleField(null=True)
+
+    class Meta:
+        table_name = "af_key"
+        constraints = [
+            Check("(role = 'device') = (device_id IS NOT NULL)"),
+            Check("(role = 'enroll') = (uses_left IS NOT NULL)"),
+            Check("uses_left IS NULL OR uses_left >= 0"),
+        ]
+
+
+class Audit(Table):
+    """Who did what, from where, and with which outcome: "ok", or the code of the refusal. `detail` is JSON."""
+
+    id = _autoincrement()
+    at = DoubleField()
+    actor = TextField()
+    role = TextField(null=True)
+    key_id = IntegerField(null=True)
+    address = TextField()
+    action = TextField()
+    object = TextField(null=True)
+    outcome = TextField()
+    detail = TextField()
+
+    class Meta:
+        table_name = "af_audit"
+
+
 class Meta(Table):
     key = TextField(primary_key=True)
     value = TextField()
@@ -395,7 +439,7 @@ class Meta(Table):
 
 TABLES = (
     CrawlTask, TaskPayload, TaskResult, TaskAssignment, Artifact, Device, DeviceHeartbeat, Lane, Limit, LimitKey,
-    LaneKey, LimitStart, Pause, Affinity, Batch, Count, Minute, Hour, Event, Meta,
+    LaneKey, LimitStart, Pause, Affinity, Batch, Count, Minute, Hour, Event, AccessKey, Audit, Meta,
 )  # fmt: skip
 
 INDEXES = f"""
@@ -441,6 +485,11 @@ CREATE INDEX beat_age ON af_device_heartbeat (heartbeat_at);
 CREATE INDEX event_kind ON af_event (kind, id);
 CREATE INDEX event_verb ON af_event (verb, id);
 CREATE INDEX event_device ON af_event (device_id, id) WHERE device_id IS NOT NULL;
+CREATE INDEX key_device ON af_key (device_id) WHERE device_id IS NOT NULL AND revoked_at IS NULL;
+CREATE INDEX audit_at ON af_audit (at);
+CREATE INDEX audit_actor ON af_audit (actor, id);
+CREATE INDEX audit_action ON af_audit (action, id);
+CREATE INDEX audit_outcome ON af_audit (outcome, id);
 """
 
 UPGRADES = {
@@ -524,6 +573,22 @@ CREATE INDEX lane_paused ON af_lane (id) WHERE paused = 1;
 CREATE INDEX lane_type ON af_lane (task_type, id);
 CREATE INDEX lane_batch ON af_lane (batch);
 CREATE INDEX batch_paused ON af_batch (state) WHERE state = 'paused';
+""",
+    5: """
+CREATE TABLE "af_key" ("id" INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT, "name" TEXT NOT NULL, "role" TEXT NOT NULL
+  CHECK (role = 'viewer' OR role = 'submitter' OR role = 'operator' OR role = 'admin' OR role = 'enroll'
+  OR role = 'device'), "digest" TEXT NOT NULL, "device_id" TEXT, "created_at" REAL NOT NULL, "created_by" TEXT NOT NULL,
+  "expires_at" REAL, "uses_left" INTEGER, "last_used_at" REAL, "last_used_from" TEXT, "revoked_at" REAL,
+  CHECK ((role = 'device') = (device_id IS NOT NULL)), CHECK ((role = 'enroll') = (uses_left IS NOT NULL)),
+  CHECK (uses_left IS NULL OR uses_left >= 0));
+CREATE TABLE "af_audit" ("id" INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT, "at" REAL NOT NULL, "actor" TEXT NOT NULL,
+  "role" TEXT, "key_id" INTEGER, "address" TEXT NOT NULL, "action" TEXT NOT NULL, "object" TEXT,
+  "outcome" TEXT NOT NULL, "detail" TEXT NOT NULL);
+CREATE INDEX key_device ON af_key (device_id) WHERE device_id IS NOT NULL AND revoked_at IS NULL;
+CREATE INDEX audit_at ON af_audit (at);
+CREATE INDEX audit_actor ON af_audit (actor, id);
+CREATE INDEX audit_action ON af_audit (action, id);
+CREATE INDEX audit_outcome ON af_audit (outcome, id);
 """,
 }
 """What makes a file of the version before into this version: the tables of a new file, reached in steps."""

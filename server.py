@@ -2,7 +2,7 @@
 
 One socket that this process binds itself, granian's WSGI worker run in this process and thread, and an orderly stop.
 
-    server = Server(host="127.0.0.1", port=8000, threads=1650)
+    server = Server(host="127.0.0.1", port=8000, threads=1650)   # and certificate=(file, key file) for TLS
     server.bind()                                                # PortInUse or OSError, one sentence each
     code = server.serve(app, on_ready=…, on_stop=…, finish=…)    # until SIGTERM, SIGINT, SIGHUP or stop()
 
@@ -15,14 +15,17 @@ It must not know a route, a table or a setting. It leans on names of granian tha
 
 from __future__ import annotations
 
+import binascii
 import contextlib
 import errno
 import http.client
 import logging
 import os
+import re
 import secrets
 import signal
 import socket
+import ssl
 import sys
 import threading
 from pathlib import Path
@@ -32,7 +35,7 @@ from typing import Any, Callable
 import granian._signals
 import granian.wsgi
 from granian._granian import SocketHolder, WorkerSignal
-from granian.constants import HTTPModes, Interfaces, Loops, RuntimeModes
+from granian.constants import HTTPModes, Interfaces, Loops, RuntimeModes, SSLProtocols
 from granian.http import HTTP1Settings
 from granian.log import LogLevels
 from granian.server import MPServer
@@ -55,6 +58,8 @@ NUDGE_SECONDS = 0.4
 IDLE_THREAD_SECONDS = 600
 # Longer than two heartbeats, so that a device's next one finds its connection still open.
 IDLE_CONNECTION_SECONDS = 75
+# About as much a connection may cost that never ends its head. (Granian's default is 400 KB.)
+LARGEST_HEAD_BYTES = 64 * 1024
 # Two for each of 10,000 devices. Those that find no place wait without a word, for as long as the others stay.
 CONNECTIONS = 20_000
 SPARE_FILES = 256  # database, logs, static files: descriptors that are no connections
@@ -79,20 +84,47 @@ GRANIAN_LOGS: dict[str, Any] = {
 }
 
 
+# What its TLS can sign with. With another kind of key, such as P-521, it aborts the process.
+PRIVATE_KEYS = {
+    "RSA": bytes.fromhex("2a864886f70d010101"),
+    "P-256": bytes.fromhex("2a8648ce3d030107"),
+    "P-384": bytes.fromhex("2b81040022"),
+    "Ed25519": bytes.fromhex("06032b6570"),
+}
+
+
 class PortInUse(OSError):
     """Another process listens on this host and port; str() is one sentence that says what to do."""
+
+
+class CertificateUnusable(ValueError):
+    """str() is one sentence that names the file and says what to do."""
 
 
 class Server:
     """One listening socket and the WSGI server behind it: bind() once, then serve() once."""
 
-    def __init__(self, *, host: str, port: int, threads: int, backpressure: int | None = None) -> None:
-        """`threads`: held polls + streams + 100. `backpressure`: most connections, idle ones too (20,000)."""
+    def __init__(
+        self,
+        *,
+        host: str,
+        port: int,
+        threads: int,
+        backpressure: int | None = None,
+        certificate: tuple[Path, Path] | None = None,
+    ) -> None:
+        """`threads`: held polls + streams + what else may wait + room. `backpressure`: most connections, idle ones too
+        (20,000). `certificate`: the file of the chain and that of its key, for TLS. Raises CertificateUnusable."""
         self.host = host
         self.port = port
+        self.certificate = certificate
+        if certificate is not None:
+            check_certificate(*certificate)
         self.threads = _affordable_threads(threads)
         self.backpressure = _affordable_connections(backpressure or CONNECTIONS, 3 * self.threads)
         self.url = ""
+        self.exit_code = 0
+        """What a stop in good order ends with."""
         self._listener: socket.socket | None = None
         self._address = ("", 0)
         self._nudge_path = f"/nudge-{secrets.token_hex(16)}"
@@ -120,7 +152,8 @@ class Server:
             raise OSError(f"Cannot listen on {self.host} port {self.port}: {reason}. Choose another.") from error
         self._address = _reachable(self._listener)
         host, self.port = self._address
-        self.url = f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+        scheme = "http" if self.certificate is None else "https"
+        self.url = f"{scheme}://[{host}]:{self.port}" if ":" in host else f"{scheme}://{host}:{self.port}"
 
     def serve(
         self,
@@ -129,13 +162,15 @@ class Server:
         on_ready: Callable[[], None],
         on_stop: Callable[[], None],
         finish: Callable[[], None],
+        on_tick: Callable[[], None] = lambda: None,
         stop_within_seconds: float = 1.0,
     ) -> int:
-        """Serve in the main thread until told to stop; exit code 0, or 1 where granian or one of these steps failed.
+        """Serve in the main thread until told to stop; `exit_code`, or 1 where granian or one of these steps failed.
 
-        on_ready runs in a thread of its own once a first request was answered, on_stop in the stop thread; neither may
-        block. finish runs once: after the last request, or beside those that did not end in time, and in that case the
-        process ends here (os._exit) and serve() never returns.
+        on_ready runs in a thread of its own once a first request was answered, and from then on on_tick there, several
+        times a second; on_stop runs in the stop thread; none of them may block. finish runs once: after the last
+        request, or beside those that did not end in time, and in that case the process ends here (os._exit) and serve()
+        never returns.
         """
         if self._listener is None:
             raise RuntimeError("bind() comes before serve()")
@@ -145,13 +180,13 @@ class Server:
         self._catch_signals()
         threading.Thread(target=self._watch_requests, name="server-signals", daemon=True).start()
         stopping.start()
-        threading.Thread(target=self._ask_myself, args=(on_ready,), name="server-nudge", daemon=True).start()
+        threading.Thread(target=self._ask_myself, args=(on_ready, on_tick), name="server-nudge", daemon=True).start()
         self._attempt("granian", lambda: self._run_granian(app))
         self._is_stop_asked.set()
         self._is_drained.set()
         stopping.join()  # on_stop is over; where the time was over first, that thread ends the process
         self._attempt("finish", finish)
-        return 1 if self._failures else 0
+        return 1 if self._failures else self.exit_code
 
     def stop(self) -> None:
         """Ask for the orderly stop, from any thread, as often as you like; returns at once."""
@@ -167,7 +202,13 @@ class Server:
                 return []
             return app(environ, start_response)
 
-        _InProcess(self._listener, self._drain, threads=self.threads, backpressure=self.backpressure).run(app_or_nudge)
+        _InProcess(
+            self._listener,
+            self._drain,
+            threads=self.threads,
+            backpressure=self.backpressure,
+            certificate=self.certificate,
+        ).run(app_or_nudge)
         if not self._is_stop_asked.is_set():
             raise RuntimeError("granian ended by itself")
 
@@ -182,7 +223,7 @@ class Server:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
                 stream.flush()
-        os._exit(1 if self._failures else 0)
+        os._exit(1 if self._failures else self.exit_code)
 
     def _attempt(self, name: str, step: Callable[[], None]) -> None:
         """A step that fails must not keep the later ones from running: the writer is flushed whatever happens."""
@@ -212,10 +253,10 @@ class Server:
                 if interrupt_count > 1:
                     os._exit(130)
 
-    def _ask_myself(self, on_ready: Callable[[], None]) -> None:
+    def _ask_myself(self, on_ready: Callable[[], None], on_tick: Callable[[], None] = lambda: None) -> None:
         """Send one tiny request after the other: the first that is answered calls on_ready (a connect would prove
         nothing, the kernel accepts since bind()), and each makes granian look again for requests left waiting."""
-        client = http.client.HTTPConnection(*self._address, timeout=NUDGE_SECONDS)
+        client = _client_of_myself(self._address, is_tls=self.certificate is not None)
         is_ready = False
         while not self._is_stop_asked.is_set():
             try:
@@ -227,18 +268,33 @@ class Server:
                 if not is_ready:
                     is_ready = True
                     self._attempt("on_ready", on_ready)
+            try:
+                on_tick()
+            except Exception:  # the nudges must go on
+                log.exception("on_tick failed")
             self._is_stop_asked.wait(NUDGE_SECONDS)
 
 
 class _InProcess(MPServer):
     """Granian with its one worker in this process, on our socket, under our signals: what is private is here."""
 
-    def __init__(self, listener: socket.socket, drain: WorkerSignal, *, threads: int, backpressure: int) -> None:
+    def __init__(
+        self,
+        listener: socket.socket,
+        drain: WorkerSignal,
+        *,
+        threads: int,
+        backpressure: int,
+        certificate: tuple[Path, Path] | None,
+    ) -> None:
+        ssl_cert, ssl_key = certificate or (None, None)
         super().__init__(
             "app",
             interface=Interfaces.WSGI,
             http=HTTPModes.http1,
-            http1_settings=HTTP1Settings(header_read_timeout=IDLE_CONNECTION_SECONDS * 1000),
+            http1_settings=HTTP1Settings(
+                header_read_timeout=IDLE_CONNECTION_SECONDS * 1000, max_buffer_size=LARGEST_HEAD_BYTES
+            ),
             websockets=False,
             loop=Loops.asyncio,
             runtime_mode=RuntimeModes.mt,
@@ -247,6 +303,9 @@ class _InProcess(MPServer):
             backpressure=backpressure,
             log_level=LogLevels.error,  # at warning it complains about the number of threads, at every start
             log_dictconfig=GRANIAN_LOGS,
+            ssl_cert=ssl_cert,
+            ssl_key=ssl_key,
+            ssl_protocol_min=SSLProtocols.tls12,  # Windows 10's own clients know no 1.3
         )
         self._listener, self._drain = listener, drain
 
@@ -264,6 +323,40 @@ class _InProcess(MPServer):
         # Granian closes the socket; its stub does not know this constructor.
         self._shd = SocketHolder(self._listener.detach(), False, BACKLOG)  # type: ignore[call-arg]
         self._spawn_worker(0, spawn_target, target_loader).inner.run()  # start() would be a second process
+
+
+def check_certificate(certificate: Path, key: Path) -> None:
+    """Raises CertificateUnusable for what granian could not serve with, before anything is started."""
+    for path in (certificate, key):
+        try:
+            path.read_bytes()
+        except OSError as error:
+            raise CertificateUnusable(
+                f"{path} cannot be read ({error.strerror}): give the master the right to"
+            ) from None
+    text = key.read_text("latin-1")
+    if "ENCRYPTED" in text:
+        advice = f"openssl pkey -in {key} -out plain.pem, readable by its owner alone"
+        raise CertificateUnusable(f"{key} is encrypted, and nobody is there to type its password: {advice}")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+    except ssl.SSLError as error:
+        why = (error.reason or str(error)).replace("_", " ").lower()
+        advice = "write PEM files, the certificate (followed by its chain) and the private key that belongs to it"
+        raise CertificateUnusable(f"{certificate} and {key} do not go together ({why}): {advice}") from None
+    keys = re.findall(r"-----BEGIN (RSA |EC |)PRIVATE KEY-----([^-]*)-----END", text)
+    inside = b"".join(binascii.a2b_base64(body) for _, body in keys)
+    if not any(kind == "RSA " for kind, _ in keys) and not any(kind in inside for kind in PRIVATE_KEYS.values()):
+        raise CertificateUnusable(f"{key} is of a kind that is not served with: make one of {', '.join(PRIVATE_KEYS)}")
+
+
+def _client_of_myself(address: tuple[str, int], *, is_tls: bool) -> http.client.HTTPConnection:
+    if not is_tls:
+        return http.client.HTTPConnection(*address, timeout=NUDGE_SECONDS)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False  # it is this process itself, over loopback, and no secret is sent
+    context.verify_mode = ssl.CERT_NONE
+    return http.client.HTTPSConnection(*address, timeout=NUDGE_SECONDS, context=context)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -50,6 +50,10 @@ STRATEGIES = ("least_tasks", "round_robin", "weighted", "random")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 # Printed in the guide or in many a tutorial: whoever scans the network tries these first.
 EXAMPLE_KEYS = ("your-secure-api-key-here", "your-api-key", "changeme", "change-me", "admin", "default_token", "secret")
+PLAIN_HTTP = (
+    "http:// goes through networks of others, who could read the key and the tasks; write https://, or insecure_http:"
+    " true where something else encrypts the way, such as a VPN"
+)
 LONGEST_TEXT = 4096
 LARGEST_FILE_BYTES = 1024 * 1024
 
@@ -68,6 +72,8 @@ class ExitCode(IntEnum):
     DATABASE_NEWER = 6
     PORT_IN_USE = 7
     REFUSED = 8
+    DISK_FULL = 9
+    NETWORK_FILESYSTEM = 10
 
 
 class SettingsError(ValueError):
@@ -77,6 +83,12 @@ class SettingsError(ValueError):
         self.where, self.key, self.advice = where, key, advice
         shown = "" if value is None else f" = {_shown(key, value)}"
         super().__init__(f"{where}: {key}{shown}: {advice}" if key else f"{where}: {advice}")
+
+
+OPEN_TO_ALL = (
+    "every machine could give orders here; run python scripts/init_distribution.py, set AF_API_KEY, or make a key:"
+    " python master.py --create-key admin"
+)
 
 
 # ---- what a single value must look like: each check answers None, or what to write ----
@@ -93,6 +105,32 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+_PRIVATE = tuple(
+    ipaddress.ip_network(network)
+    for network in ("127.0.0.0/8", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "169.254.0.0/16", "::1/128",
+                    "fc00::/7", "fe80::/10")
+)  # fmt: skip
+
+
+def is_private(address: str) -> bool:
+    """Whether it is an address of this machine or of a network of one's own, which no router of the internet passes on.
+    A provider's shared 100.64.0.0/10 is none; False also for what is no address."""
+    try:
+        found = ipaddress.ip_address(address.strip("[]").partition("%")[0])
+    except ValueError:
+        return False
+    found = (found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None) or found
+    return any(found.version == network.version and found in network for network in _PRIVATE)
+
+
 def _check_device_id(value: str) -> str | None:
     if value and not re.fullmatch(r"[\w.\-]{1,64}", value, re.ASCII):
         return "write 1 to 64 of the letters a-z A-Z, digits, . _ and -, for instance shop-7"
@@ -104,8 +142,7 @@ def _check_device_name(value: str) -> str | None:
 
 
 def _check_host(value: str) -> str | None:
-    with contextlib.suppress(ValueError):
-        ipaddress.ip_address(value)
+    if _is_address(value):
         return None
     if re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.\-]{0,252})", value) and not re.fullmatch(r"[0-9.]+", value):
         return None
@@ -203,6 +240,11 @@ def _check_not_empty(value: str) -> str | None:
     return None if value else "write a path; a relative one starts at the project's folder"
 
 
+def _check_time_of_day(value: str) -> str | None:
+    good = re.fullmatch(r"([01][0-9]|2[0-3]):[0-5][0-9]", value, re.ASCII)
+    return None if good else "write hours and minutes, for instance 03:30"
+
+
 def _check_paths(value: tuple[str, ...]) -> str | None:
     return None if all(value) else "write paths of Python files; a relative one starts at the project's folder"
 
@@ -298,6 +340,19 @@ class Settings:
     database: str = _key(
         "data/distribution.db", "The master's one file.", modes=_ON_MASTER, is_path=True, check=_check_not_empty
     )
+    allow_network_filesystem: bool = _key(
+        False, "Whether the database may lie on NFS, SMB and the like, where SQLite's locks are not to be trusted.",
+        modes=_ON_MASTER,
+    )  # fmt: skip
+    backup_folder: str = _key(
+        "", "Where the master puts a backup each night; empty makes none.", modes=_ON_MASTER, is_path=True
+    )
+    backup_at: str = _key(
+        "03:30", "When it is made, by the clock on the wall.", "HH:MM", modes=_ON_MASTER, check=_check_time_of_day
+    )
+    backup_keep: int = _key(
+        7, "How many of its backups a master keeps.", "backups", modes=_ON_MASTER, minimum=1, maximum=1000
+    )
     retention_days: int = _key(
         30, "How long finished tasks are kept.", "days", modes=_ON_MASTER, minimum=1, maximum=36500
     )
@@ -307,6 +362,10 @@ class Settings:
     event_retention_days: int = _key(
         30, "How long it is kept what happened: devices, batches, limits, logins.", "days",
         modes=_ON_MASTER, minimum=1, maximum=3650,
+    )  # fmt: skip
+    audit_retention_days: int = _key(
+        365, "How long it is kept who did what, and which keys have ended.", "days",
+        modes=_ON_MASTER, minimum=1, maximum=36500,
     )  # fmt: skip
     retry_backoff_seconds: float = _key(
         15, "The wait before the first retry; it doubles from there.", "seconds",
@@ -337,11 +396,35 @@ class Settings:
     allowed_hosts: tuple[str, ...] = _key(
         (), "Further names under which browsers may reach the master.", modes=_ON_MASTER, check=_check_allowed_hosts
     )
+    allowed_ips: tuple[str, ...] = _key(
+        (), "Networks whose addresses may ask the master, besides this machine; none listed means all.",
+        modes=_ON_MASTER, check=_check_networks,
+    )  # fmt: skip
+    trusted_proxies: tuple[str, ...] = _key(
+        (), "Networks of reverse proxies, which are believed whom they asked for (X-Forwarded-For, X-Forwarded-Proto).",
+        modes=_ON_MASTER, check=_check_networks,
+    )  # fmt: skip
+    max_requests_per_second: float = _key(
+        1000, "How many requests one address may send, and one key of the database; a device's own a fifth of it; 0 is"
+        " no limit.", "requests a second", modes=_ON_MASTER, minimum=0, maximum=1000000,
+    )  # fmt: skip
+    ssl_certificate: str = _key(
+        "", "The master's certificate and its chain, a PEM file; with it the master speaks TLS and nothing else.",
+        modes=_ON_MASTER, is_path=True,
+    )  # fmt: skip
+    ssl_keyfile: str = _key("", "The certificate's private key, a PEM file.", modes=_ON_MASTER, is_path=True)
     worker_file: str = _key(
         "dist/worker.pyz", "The device in one file that the master hands out.",
         modes=_ON_MASTER, is_path=True, check=_check_not_empty,
     )  # fmt: skip
 
+    ca_file: str = _key(
+        "", "A PEM file of certificates to trust in the master, instead of those that the machine trusts.", is_path=True
+    )
+    insecure_http: bool = _key(
+        False,
+        "Whether a key may go over http:// to an address that is not private: all on the way can read it.",
+    )
     state_folder: str = _key(
         "data/worker", "Where a device keeps unsent reports.", modes=_ON_DEVICE, is_path=True, check=_check_not_empty
     )
@@ -408,6 +491,11 @@ class Settings:
     )
     # At least one, for with none Python never rotates and the file grows until the disk is full.
     log_backup_count: int = _key(5, "How many older log files are kept.", "files", minimum=1, maximum=1000)
+
+
+def is_for_others(settings: Settings) -> bool:
+    """Whether other machines can ask this master: by its host, or through a proxy in front of it."""
+    return not is_loopback(settings.host) or bool(settings.trusted_proxies)
 
 
 def _setting_of(row: dataclasses.Field[Any]) -> Setting:
@@ -675,7 +763,7 @@ def _completed(mode: str, file_mode: str, values: dict[str, Value], sources: dic
 
 
 def _absolute(path: str) -> str:
-    return str(ROOT / Path(path).expanduser())
+    return str(ROOT / Path(path).expanduser()) if path else ""
 
 
 def _check_together(settings: Settings, sources: Mapping[str, str], *, starting: bool) -> None:
@@ -687,12 +775,21 @@ def _check_together(settings: Settings, sources: Mapping[str, str], *, starting:
         raise SettingsError(where("device_timeout"), "device_timeout", settings.device_timeout, advice)
     if not starting:
         return
+    for name, other in (("ssl_certificate", "ssl_keyfile"), ("ssl_keyfile", "ssl_certificate")):
+        if settings.mode != "worker" and getattr(settings, name) and not getattr(settings, other):
+            advice = f"{other} is missing: TLS needs a certificate and its key; write both, or none for plain HTTP"
+            raise SettingsError(where(name), name, getattr(settings, name), advice)
+    url = urllib.parse.urlsplit(settings.master_url)
+    # A name is looked up when it is asked for, and judged then.
+    is_far = _is_address(url.hostname or "") and not is_private(url.hostname or "")
+    if settings.mode == "worker" and url.scheme == "http" and is_far and not settings.insecure_http:
+        raise SettingsError(where("master_url"), "master_url", settings.master_url, PLAIN_HTTP)
     if settings.mode == "worker" and not settings.device_id:
         advice = "a worker needs a name of its own; write --device-id shop-7, AF_DEVICE_ID, or device_id in its file"
         raise SettingsError(where("device_id"), "device_id", "", advice)
-    if settings.mode != "worker" and not is_loopback(settings.host) and not settings.api_key:
-        advice = "every machine could give orders here; run python scripts/init_distribution.py or set AF_API_KEY"
-        raise SettingsError(where("host"), "host", settings.host, advice)
+    # A master may have an admin key in its database, so it looks for itself; the worker of a standalone needs this one.
+    if settings.mode == "standalone" and is_for_others(settings) and not settings.api_key:
+        raise SettingsError(where("host"), "host", settings.host, OPEN_TO_ALL)
 
 
 def load(
@@ -724,9 +821,11 @@ def add_arguments(parser: argparse.ArgumentParser, mode: str, keys: Collection[s
         if mode in setting.modes and not setting.secret and (keys is None or setting.name in keys):
             of_texts = setting.type == "tuple[str, ...]"
             shown = ",".join(cast("tuple[str, ...]", setting.default)) if of_texts else setting.default
+            alone: dict[str, Any] = {"nargs": "?", "const": "true"} if setting.type == "bool" else {}
             parser.add_argument(
                 setting.flag,
                 action="append" if setting.type == "tuple[str, ...]" else "store",
+                **alone,
                 metavar=setting.unit.split(" ")[-1].upper() or setting.name.split("_")[-1].upper(),
                 help=f"{setting.sentence} Default: {shown}".replace("%", "%%") if shown != "" else setting.sentence,
             )
@@ -824,7 +923,7 @@ class LineFormatter(logging.Formatter):
         text = super().format(record)
         for secret in self._secrets:
             text = text.replace(secret, "***")
-        return text
+        return re.sub(r"afk_([0-9]+)_[\w-]+", r"afk_\1_***", text) if "afk_" in text else text
 
 
 class SharedRotatingFile(logging.handlers.RotatingFileHandler):
@@ -853,6 +952,11 @@ class SharedRotatingFile(logging.handlers.RotatingFileHandler):
                     super().doRollover()
             except OSError:  # going on in the old file is better than losing the record
                 self._reopen()
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """What a full disk does not take is on the console; a traceback for each line would only hide it."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
 
     def _was_moved(self) -> bool:
         try:

@@ -84,12 +84,12 @@ def _run_job(options: argparse.Namespace, settings: Settings, family: Family) ->
     url = _loopback(family.url)
     if options.crawl:
         found = demo.crawl(options.crawl, options.max_pages, options.depth, master_url=url, api_key=settings.api_key,
-                           output_folder=options.output / "crawl", stop=family.stopping)  # fmt: skip
+                           output_folder=options.output / "crawl", trust=settings, stop=family.stopping)  # fmt: skip
         if options.exit and found is not None and not found.pages:
             raise CommandFailed(f"no page of {options.crawl} could be fetched; the lines above say why")
     else:
         site = Path(settings.database).parent / "demo-site"
-        demo.run(url, settings.api_key, site, options.output / "demo", stop=family.stopping)
+        demo.run(url, settings.api_key, site, options.output / "demo", trust=settings, stop=family.stopping)
 
 
 class Child:

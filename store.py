@@ -1,7 +1,8 @@
 """Which file is the database, is it ours, who holds it, and how do verbs reach it?
 
-A file is created, never guessed: an empty or foreign one is refused, each with its own exit code. The file is locked
-for the life of the process that writes, so a second master on it ends with one sentence. `Store.write` runs a verb in
+A file is created, never guessed: an empty or foreign one is refused, each with its own exit code, and so are a disk
+without room and one across a network. The file is locked for the life of the process that writes, so a second master on
+it ends with one sentence; whoever gets the lock first finishes a restore that was cut off. `Store.write` runs a verb in
 the writer's thread and returns when it is durable.
 """
 
@@ -12,18 +13,21 @@ import logging
 import math
 import os
 import random
+import re
 import secrets
+import shutil
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from peewee import SqliteDatabase
+from peewee import OperationalError, SqliteDatabase
 
 import schema
+from storage import kind_of
 from transaction import Note, Policy, Tx
-from writer import Writer
+from writer import StorageFailing, Writer
 
 try:
     import fcntl
@@ -49,6 +53,13 @@ PRAGMAS = (
 SMALLEST_FILE_BYTES = 512
 OLDEST_SQLITE = (3, 33)
 """The first with UPDATE … FROM, which changes many rows with a value for each."""
+STARTS_WITH_BYTES = 16 * 1024 * 1024
+"""Less room than this is no start: the write-ahead log alone grows to 8 MB before it is written back."""
+NETWORK_FILESYSTEMS = frozenset({
+    "nfs", "nfs3", "nfs4", "cifs", "smb3", "smbfs", "ncpfs", "9p", "afs", "ceph", "lustre", "glusterfs", "davfs",
+    "fuse.sshfs", "fuse.s3fs", "fuse.rclone", "fuse.glusterfs", "fuse.ceph", "fuse.gcsfuse", "fuse.davfs2",
+})  # fmt: skip
+MOUNTS = Path("/proc/self/mountinfo")
 START_CHECK_SECONDS = 5.0
 """A start looks for damage so long, which is enough for about 2 GB; it must not take minutes because there is more."""
 
@@ -67,10 +78,65 @@ class DatabaseNewer(DatabaseRefused):
     exit_code = 6
 
 
+class DiskFull(DatabaseRefused):
+    exit_code = 9
+
+
+class NetworkFilesystem(DatabaseRefused):
+    exit_code = 10
+
+
+REFUSED_BY_STORAGE: dict[str, tuple[type[DatabaseRefused], str]] = {
+    "full": (DiskFull, "make room on its disk"),
+    "locked": (DatabaseInUse, "end what else holds it"),
+    "damaged": (DatabaseRefused, "restore a backup"),
+}
+"""What a start is refused with that could not write, and what is to be done."""
+
+
+def refuse_bad_disk(path: Path, *, allow_network: bool) -> None:
+    """Raises NetworkFilesystem or DiskFull for a place where a database would not be safe, before it is touched."""
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    kind = filesystem_of(folder)
+    if kind in NETWORK_FILESYSTEMS and not allow_network:
+        raise NetworkFilesystem(
+            f"{path} lies on {kind}, where SQLite's locks and its shared memory cannot be trusted; put it on a disk of"
+            " this machine, or set allow_network_filesystem if you know that no other machine opens it"
+        )
+    free = shutil.disk_usage(folder).free
+    if free < STARTS_WITH_BYTES:
+        raise DiskFull(
+            f"the disk of {path} has {free // 2**20} MiB left and a master needs {STARTS_WITH_BYTES // 2**20} MiB to"
+            " start; make room on it, nothing is lost"
+        )
+
+
+def filesystem_of(folder: Path) -> str:
+    """The kind of file system that this folder lies on, as Linux calls it; "" where nobody says."""
+    found, longest = "", -1
+    try:
+        lines = MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return ""
+    for line in lines:
+        before, _, after = line.partition(" - ")
+        place = Path(re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), before.split()[4]))
+        # Of several on one place the last one is on top.
+        if len(place.parts) >= longest and folder.resolve().is_relative_to(place):
+            found, longest = after.split()[0], len(place.parts)
+    return found
+
+
+def refusal(path: Path, error: StorageFailing) -> DatabaseRefused:
+    """What a start says that could not write."""
+    kind, advice = REFUSED_BY_STORAGE.get(error.kind or "", (DatabaseRefused, "look at the disk"))
+    return kind(f"{path} cannot be written ({error}); {advice} and start again")
+
+
 @contextlib.contextmanager
 def lock_database(path: Path) -> Iterator[None]:
     """Holds `PATH.lock` for as long as the block runs; raises DatabaseInUse when another process has it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     descriptor = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         try:
@@ -85,6 +151,7 @@ def lock_database(path: Path) -> Iterator[None]:
             ) from None
         os.truncate(descriptor, 0)
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        finish_restore(path)
         yield
     finally:
         os.close(descriptor)
@@ -98,7 +165,7 @@ def create_database(path: Path) -> bool:
     if path.exists():
         check_database(path, seconds=START_CHECK_SECONDS)
         return False
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     # Made beside its name and renamed, so that a crash half-way never leaves a file that looks like ours.
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
@@ -137,7 +204,8 @@ def check_database(path: Path, *, seconds: float = math.inf) -> None:
     if size < SMALLEST_FILE_BYTES:
         what = "is not a file" if size < 0 else f"is empty or cut off ({size} bytes)"
         raise DatabaseRefused(f"{path} {what}; restore a backup, or move it away and start again to make a new one")
-    with _reading(path) as connection:
+    _roll_back(path)
+    with reading(path) as connection:
         application_id = connection.execute("PRAGMA application_id").fetchone()[0]
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         if application_id != schema.APPLICATION_ID:
@@ -154,8 +222,61 @@ def check_database(path: Path, *, seconds: float = math.inf) -> None:
         raise DatabaseRefused(f"{path} is damaged ({found}); restore a backup")
 
 
+def _roll_back(path: Path) -> None:
+    """A file that a crash left while it was changing its journal mode (new, or just upgraded) has a rollback journal,
+    which a connection that only reads may not apply: SQLite does it by itself when one opens that may write."""
+    if path.with_name(f"{path.name}-journal").exists():
+        with (
+            contextlib.suppress(sqlite3.DatabaseError),  # whatever is wrong with the file is said by the checks
+            contextlib.closing(sqlite3.connect(f"file:{_quoted(path)}?mode=rw", uri=True)) as connection,
+        ):
+            connection.execute("PRAGMA user_version")
+
+
+def folder_of(database: Path) -> Path:
+    """Where the files of the tasks in this database lie (artifacts.py); they are copied and moved together."""
+    return database.with_name(f"{database.name}.artifacts")
+
+
+KEPT_AS = "kept-as"
+
+
+def restored_folder(path: Path) -> Path:
+    """Where a restored database waits, complete and on the disk, to be put into its place (backups.py)."""
+    return path.with_name(f"{path.name}.restored")
+
+
+def finish_restore(path: Path) -> None:
+    """Moves what is there aside and what was restored into its place, from wherever a crash left it; under the lock.
+
+    As long as something waits in the folder, its place holds the old one: so what is new moves last."""
+    staged = restored_folder(path)
+    if not staged.exists():
+        return
+    new, files = staged / path.name, folder_of(staged / path.name)
+    if new.exists() or files.exists():
+        kept = path.with_name((staged / KEPT_AS).read_text(encoding="utf-8"))
+        if new.exists():
+            # The logs first: beside the new database they would be replayed into it.
+            for suffix in ("-wal", "-shm", "-journal", ""):
+                _move(Path(f"{path}{suffix}"), Path(f"{kept}{suffix}"))
+            sync_folder(path.parent)
+            new.replace(path)
+        if files.exists():
+            _move(folder_of(path), folder_of(kept))
+            files.replace(folder_of(path))
+        sync_folder(path.parent)
+    shutil.rmtree(staged)
+
+
+def _move(old: Path, new: Path) -> None:
+    if old.exists():
+        old.replace(new)
+
+
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[sqlite3.Connection]:
+def reading(path: Path) -> Iterator[sqlite3.Connection]:
+    """A connection that only reads; raises DatabaseRefused for what SQLite cannot read."""
     try:
         with contextlib.closing(sqlite3.connect(f"file:{_quoted(path)}?mode=ro", uri=True)) as connection:
             yield connection
@@ -196,7 +317,7 @@ def last_moment(path: Path) -> float:
     if not path.exists():
         return 0.0
     check_database(path, seconds=0.0)
-    with _reading(path) as connection:
+    with reading(path) as connection:
         moments = connection.execute(_LAST_MOMENTS_SQL).fetchall()
     return max(float(moment or 0.0) for (moment,) in moments)
 
@@ -226,6 +347,14 @@ def sync_folder(folder: Path) -> None:
         descriptor = os.open(folder, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
+
+
+def make_folder(folder: Path, mode: int = 0o777) -> None:
+    """A folder and those above it, whose names are durable on return, as what is synced inside has to be."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(mode=mode, exist_ok=True)
+        sync_folder(folder.parent)
 
 
 class _Rehearsed(Exception):
@@ -262,9 +391,12 @@ class Store:
             raise DatabaseRefused(
                 f"this Python has SQLite {sqlite3.sqlite_version}; {oldest} or newer is needed: use a newer Python"
             )
-        if not create_database(self.path):
-            upgrade_database(self.path)
-        self.writer.start()
+        try:
+            if not create_database(self.path):
+                upgrade_database(self.path)
+            self.writer.start()
+        except (OperationalError, sqlite3.OperationalError) as error:  # peewee has one of its own, around SQLite's
+            raise refusal(self.path, StorageFailing(str(error), kind=kind_of(error))) from error
 
     def close(self) -> bool:
         """Writes what is queued, checkpoints and closes; True if all of it was done in time."""
@@ -325,7 +457,8 @@ class Store:
         return result
 
     def _dispatch_if_wanted(self) -> None:
-        if self._dispatch_wanted and self.dispatch is not None:
+        # What is given away while reports cannot be taken would only come back.
+        if self._dispatch_wanted and self.dispatch is not None and not self.writer.storage.trouble:
             self._dispatch_wanted = False
             now, wall = self.moments()
             self._in_transaction(now, wall, self.dispatch)

@@ -30,6 +30,9 @@ BIGGEST_INTEGER = 2**63 - 1
 TASK_STATES = ("scheduled", "pending", "assigned", "running", "completed", "failed", "cancelled")
 DEVICE_STATES = ("online", "busy", "offline", "draining", "disabled", "conflict")
 
+STATES_PATTERN = "^ *({0}) *(, *({0}) *)*$".format("|".join(TASK_STATES))
+"""What states_of takes, for the document."""
+
 T = TypeVar("T")
 
 
@@ -57,6 +60,8 @@ TYPE_PATTERN = r"^[A-Za-z0-9_.\-*?]{1,64}$(?!\n)"
 KEY_FIELD_PATTERN = r"^(username|app_id|batch|start_date|end_date|task_data\.[A-Za-z0-9_\-]{1,64})$(?!\n)"
 KEY_RULE = "username, app_id, batch, start_date, end_date or task_data.NAME, or a list of at most 8 of them"
 STRATEGY_PATTERN = r"^[A-Za-z_][A-Za-z0-9_.]{0,127}(:[A-Za-z_][A-Za-z0-9_]{0,127})?$(?!\n)"
+LINE_PATTERN = r"^[^\u0000-\u001f\u007f-\u009f\u2028\u2029]*$(?!\n)"
+"""What CONTROL leaves, for the document: the check itself is one look at the bytes of the whole body."""
 NAME_RULE = "1 to 64 of A-Z a-z 0-9 _ . -"
 
 
@@ -74,7 +79,7 @@ def number(low: float, high: float, unit: str = "") -> Meta:
 
 def line(low: int, high: int) -> Meta:
     text = f"text of {low} to {high} characters, without control characters"
-    return Meta(min_length=low, max_length=high, description=text)
+    return Meta(min_length=low, max_length=high, description=text, extra_json_schema={"pattern": LINE_PATTERN})
 
 
 def at_most(count: int, what: str) -> Meta:
@@ -89,6 +94,7 @@ Name = Annotated[str, rule(NAME_RULE, pattern=NAME_PATTERN)]
 Id = Annotated[int, whole(1, BIGGEST_INTEGER)]
 Day = Annotated[str, rule("a date written YYYY-MM-DD", pattern=DATE_PATTERN, extra_json_schema={"format": "date"})]
 Line128 = Annotated[str, line(1, 128)]
+States = Annotated[str, line(1, 128), Meta(extra_json_schema={"pattern": STATES_PATTERN})]
 UniqueKey = Annotated[str, line(1, 1024)]
 Reason = Annotated[str, line(0, REASON_LENGTH)]
 FreeText = Annotated[str, rule("text; what is too long is cut")]
@@ -248,7 +254,7 @@ def check_days(start: str | None, end: str | None, where: str) -> None:
 
 def states_of(text: str, field: str) -> tuple[str, ...]:
     """One or more task states, separated by commas."""
-    states = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    states = tuple(dict.fromkeys(part.strip(" ") for part in text.split(",")))
     for state in states:
         if state not in TASK_STATES:
             raise invalid(field, f"must be of {', '.join(TASK_STATES)}" + suggestion(state, TASK_STATES))

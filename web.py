@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import gzip
 import logging
+import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,11 +20,16 @@ from typing import Any, NamedTuple
 import bottle
 
 import wire
-from access import SECURITY_HEADERS, Access, Refused, read_body
+from access import PUBLIC, SECURITY_HEADERS, Access, Refused, Who, holders, read_body
+from addresses import PEER, Addresses, NotAnAddress, is_this_machine, neighbourhood
 from artifacts import Busy, ChecksumWrong, NoRoom
+from audit import COUNTED, Audit
+from connections import Body, Connections, Crowded
 from devices import DeviceConflict, Superseded, UnknownDevice
+from keys import DEVICE, KeyRefused
 from latency import Latency
 from openapi import Operation
+from rates import DEVICE_SHARE, Rates
 from reads import ReadsBusy
 from strategies import StrategyError
 from wire import Invalid, Query
@@ -34,6 +40,8 @@ log = logging.getLogger("af.web")
 STATIC = Path(__file__).resolve().parent / "static"
 COMPRESSED = (".js", ".css", ".html", ".svg")
 WRITING = ("POST", "PUT", "DELETE", "PATCH")
+HSTS = "max-age=31536000"
+"""No browser that was here with TLS comes without it within a year."""
 
 #                error           status  code               seconds to wait
 KNOWN_ERRORS: tuple[tuple[type[Exception], int, str, int], ...] = (
@@ -47,19 +55,22 @@ KNOWN_ERRORS: tuple[tuple[type[Exception], int, str, int], ...] = (
     (WriterStopped,   503, "stopping",        2),
     (StorageFailing,  503, "storage_failing", 30),
     (Busy,            503, "busy",            5),
+    (Crowded,   503, "busy",            5),
     (NoRoom,          507, "storage_full",    60),
     (ChecksumWrong,   422, "checksum_wrong",  0),
 )  # fmt: skip
 
 
 class Call(NamedTuple):
-    """One request, as a handler sees it: the raw body, the query, the names in the path, and who is at the socket."""
+    """One request, as a handler sees it: the raw body, the query, the names in the path, and who asks. What it writes
+    into `told` is kept in the audit log: facts, and instead of what is known anyway `who`, `action` and `object`."""
 
     body: bytes
     query: Query
     names: dict[str, str]
-    peer: str
+    who: Who
     environ: dict[str, Any]
+    told: dict[str, Any]
 
 
 class Answer(NamedTuple):
@@ -86,17 +97,69 @@ def invalid(status: int, code: str, detail: str, field: str | None = None, retry
     return error
 
 
+class Gate(NamedTuple):
+    """What every request passes before anybody asks for a key: whose address it is, and how often it asks."""
+
+    addresses: Addresses
+    rates: Rates
+    connections: Connections
+    audit: Audit
+
+    def let_in(self) -> None:
+        """Before bottle looks for a route: so also for paths that do not exist. Raises the refusal as a reply."""
+        environ = bottle.request.environ
+        try:
+            self._check(environ)
+        except Refused as refused:
+            self.audit.count(refused, None, environ["REMOTE_ADDR"], environ["REQUEST_METHOD"][:16])
+            raise _finished(_problem(refused), environ) from None
+
+    def _check(self, environ: dict[str, Any]) -> None:
+        try:
+            self.addresses.recognize(environ)
+        except NotAnAddress as error:
+            text = f"A trusted proxy sent {error} without an address in it; see docs/deploy.md for what it has to send."
+            raise Refused(400, "bad_forwarded_for", text) from None
+        client = environ["REMOTE_ADDR"]
+        if not self.addresses.may_come_in(client):
+            text = f"Requests from {client} are not taken; allowed_ips in the master's configuration lists who may ask."
+            raise Refused(403, "address_not_allowed", text)
+        if not is_this_machine(client):
+            self._spend(f"address {neighbourhood(client)}", "Your address")
+
+    def check_key(self, who: Who) -> None:
+        """How often a key of the database may be used; the one of the configuration may be a whole fleet's."""
+        if who.key_id and not is_this_machine(who.address):
+            self._spend(f"key {who.key_id}", "This key", DEVICE_SHARE if who.device_id is not None else 1.0)
+
+    def _spend(self, name: str, who: str, share: float = 1.0) -> None:
+        seconds = self.rates.seconds_to_wait(name, share)
+        if seconds:
+            text = f"{who} asks too often; again in {seconds:.1f} s. max_requests_per_second says how often is allowed."
+            raise Refused(429, "too_many_requests", text, {"Retry-After": str(math.ceil(seconds))})
+
+    def watch_body(self, environ: dict[str, Any], *, has_key: bool) -> None:
+        """From here on the body of this request is one that does not keep its thread for ever."""
+        if _has_unread_body(environ):
+            length = str(environ.get("CONTENT_LENGTH") or "0")
+            environ["wsgi.input"] = Body(
+                environ["wsgi.input"], self.connections, client=environ["REMOTE_ADDR"], peer=environ[PEER],
+                length=int(length) if re.fullmatch("[0-9]{1,18}", length) else 0, has_key=has_key,
+            )  # fmt: skip
+
+
 def make_app(
-    routes: Iterable[tuple[str, Iterable[Route]]], access: Access, max_body_bytes: int, latency: Latency
+    routes: Iterable[tuple[str, Iterable[Route]]], access: Access, gate: Gate, max_body_bytes: int, latency: Latency
 ) -> bottle.Bottle:
     """The WSGI application for (prefix, routes) pairs. Bodies over `max_body_bytes` are refused unread; `latency` is
     told how long each reply took, but of those routes that wait for something to happen."""
     app = bottle.Bottle(autojson=False)
+    app.add_hook("before_request", gate.let_in)
     for prefix, some in routes:
         for route in some:
             path = re.sub(r"\{(name|file)\}", r"<\1:path>", prefix + route.operation.path)
             path = re.sub(r"\{(\w+)\}", r"<\1>", path)
-            app.route(path, route.operation.method, _Endpoint(route, access, max_body_bytes, latency))
+            app.route(path, route.operation.method, _Endpoint(route, access, gate, max_body_bytes, latency))
     app.default_error_handler = _refused_by_bottle
     return app
 
@@ -104,38 +167,69 @@ def make_app(
 class _Endpoint:
     """A callable object and no closure: bottle loops for ever when it shows the source of one."""
 
-    def __init__(self, route: Route, access: Access, max_body_bytes: int, latency: Latency) -> None:
+    def __init__(self, route: Route, access: Access, gate: Gate, max_body_bytes: int, latency: Latency) -> None:
+        holders(route.operation.role)  # a route without a role that exists stops the start
         self._route = route
+        self._asked = f"{route.operation.method} {route.operation.path}"
+        self._is_told = route.operation.method in WRITING and route.operation.path != "/tasks"
+        self._is_told = self._is_told and DEVICE not in route.operation.role
         self._latency = None if any(query.name == "wait" for query in route.operation.query) else latency
         self._access = access
+        self._gate = gate
         self._max_body_bytes = max_body_bytes
 
     def __call__(self, **names: str) -> bottle.HTTPResponse:
         environ = bottle.request.environ
         started = time.perf_counter()
+        who = None
         try:
-            response = _response(self._handle(environ, names))
+            who = self._access.check(environ, self._route.operation.role)
+            self._gate.check_key(who)
+            response = _response(self._handle(environ, names, who))
         except Exception as error:
+            self._gate.audit.count(error, who, environ["REMOTE_ADDR"], self._asked)
             response = _problem(error)
-        for name, value in SECURITY_HEADERS.items():
-            if name not in response.headers:
-                response.set_header(name, value)
-        if _has_unread_body(environ):
-            # The server closes a connection with an unread body; a client that is not told sends its next call into it.
-            response.set_header("Connection", "close")
+        response = _finished(response, environ)
         if self._latency is not None:
             self._latency.add(time.perf_counter() - started)
         return response
 
-    def _handle(self, environ: dict[str, Any], names: dict[str, str]) -> Any:
+    def _handle(self, environ: dict[str, Any], names: dict[str, str], who: Who) -> Any:
         operation = self._route.operation
-        self._access.check(environ, operation.role)
+        self._gate.watch_body(environ, has_key=operation.role != PUBLIC)
         _refuse_unreadable_path(environ)
         # A file is read by its handler, which first looks whether it is wanted.
         is_read = operation.method in WRITING and operation.request_type == "application/json"
         body = read_body(environ, self._max_body_bytes) if is_read else b""
         query = Query(environ.get("QUERY_STRING", ""))
-        return self._route.handler(Call(body, query, names, environ.get("REMOTE_ADDR", ""), environ))
+        call = Call(body, query, names, who, environ, {})
+        try:
+            said = self._route.handler(call)
+        except Exception as error:
+            self._tell(call, _code_of(error))
+            raise
+        self._tell(call, "ok")
+        return said
+
+    def _tell(self, call: Call, outcome: str | None) -> None:
+        """Into the audit log; submissions and what devices say are not told, and who was not let in is counted."""
+        if outcome is not None and (self._is_told or "action" in call.told):
+            named = wire.clean(" ".join(call.names.values()), 200)
+            known = {"who": call.who, "action": self._route.handler.__name__, "object": named}
+            self._gate.audit.tell(outcome=outcome, **{**known, **call.told})
+
+
+def _finished(response: bottle.BaseResponse, environ: Mapping[str, Any]) -> bottle.BaseResponse:
+    """With the headers that every reply has."""
+    for name, value in SECURITY_HEADERS.items():
+        if name not in response.headers:
+            response.set_header(name, value)
+    if environ["wsgi.url_scheme"] == "https":
+        response.set_header("Strict-Transport-Security", HSTS)
+    if _has_unread_body(environ):
+        # The server closes a connection with an unread body; a client that is not told sends its next call into it.
+        response.set_header("Connection", "close")
+    return response
 
 
 def _has_unread_body(environ: Mapping[str, Any]) -> bool:
@@ -166,12 +260,20 @@ def _response(said: Any) -> bottle.HTTPResponse:
     return response
 
 
+def _code_of(error: Exception) -> str | None:
+    """The problem's code; None for those that audit.py counts."""
+    if isinstance(error, Invalid | Refused | KeyRefused):
+        return None if isinstance(error, Refused) and error.status in COUNTED else error.code
+    return next((code for kind, _, code, _ in KNOWN_ERRORS if isinstance(error, kind)), "internal")
+
+
 def _problem(error: Exception) -> bottle.HTTPResponse:
-    if isinstance(error, Invalid | Refused):
+    if isinstance(error, Invalid | Refused | KeyRefused):
         document = wire.problem(error.status, error.code, error.detail, error.field)
         return _problem_response(document, error.headers)
     for kind, status, code, seconds in KNOWN_ERRORS:
         if isinstance(error, kind):
+            seconds = getattr(error, "retry_after", seconds)
             return _problem_response(
                 wire.problem(status, code, f"{error}."), {"Retry-After": str(seconds)} if seconds else {}
             )
@@ -195,11 +297,9 @@ def _refused_by_bottle(error: bottle.HTTPError) -> bytes:
     }
     status = error.status_code if error.status_code in texts else 500 if error.status_code >= 500 else 400
     code, detail = texts.get(status, ("bad_request", "The request could not be read."))
-    for name, value in {**SECURITY_HEADERS, "Content-Type": "application/problem+json"}.items():
-        bottle.response.set_header(name, value)
-    if _has_unread_body(bottle.request.environ):
-        bottle.response.set_header("Connection", "close")
+    bottle.response.set_header("Content-Type", "application/problem+json")
     bottle.response.status = status
+    _finished(bottle.response, bottle.request.environ)
     encoded: bytes = wire.encode(wire.problem(status, code, detail))
     return encoded
 
@@ -208,7 +308,8 @@ def static_file(name: str) -> bottle.HTTPResponse:
     """A file of static/, and nothing outside of it, by a link either (bottle itself would follow one)."""
     try:
         path = (STATIC / name).resolve()
-        is_there = STATIC in path.parents and path.is_file()
+        # A file has one name: app.js/ and ./app.js are none.
+        is_there = STATIC in path.parents and path.is_file() and path.relative_to(STATIC).as_posix() == name
     except (OSError, ValueError):  # a name that is too long, or holds NUL
         is_there = False
     if not is_there:

@@ -71,6 +71,7 @@ from values import (
     Sequence,
     Sha256,
     Slots,
+    States,
     SystemInfo,
     Tags,
     TaskData,
@@ -224,7 +225,7 @@ class FilterIn(StrictBody, kw_only=True):
 
     LINES: ClassVar[tuple[str, ...]] = ("status", "batch", "username", "app_id", "text")
 
-    status: Optional[Line128] = None
+    status: Optional[States] = None
     task_type: Optional[Name] = None
     device_id: Optional[Name] = None
     batch: Optional[Line128] = None
@@ -334,6 +335,10 @@ class OpenLimitIn(StrictBody):
 
     value: Optional[Annotated[list[UniqueKey], at_most(8, "values")]] = None
 
+    def check(self, where: str, screen: Screen) -> None:
+        if screen.strings and any(CONTROL.search(text) for text in self.value or ()):
+            raise invalid(where + "value", "must not hold control characters (line feeds, tabs, NUL)")
+
 
 class LoginIn(StrictBody):
     """The key that the dashboard's form sends."""
@@ -341,6 +346,22 @@ class LoginIn(StrictBody):
     LINES: ClassVar[tuple[str, ...]] = ("key",)
 
     key: Annotated[str, line(1, 1024)]
+
+
+class KeyIn(StrictBody, kw_only=True):
+    """A new key. days: until it ends; uses (of an enroll key): how many devices it may register."""
+
+    LINES: ClassVar[tuple[str, ...]] = ("name",)
+
+    role: Literal["viewer", "submitter", "operator", "admin", "enroll"]
+    name: Optional[Line128] = None
+    days: Optional[Annotated[int, whole(1, 3650)]] = None
+    uses: Optional[Annotated[int, whole(1, 100_000)]] = None
+
+    def check(self, where: str, screen: Screen) -> None:
+        super().check(where, screen)
+        if self.uses is not None and self.role != "enroll":
+            raise invalid(where + "uses", "is for enroll keys; leave it out")
 
 
 # ----------------------------------------------------------------------------------------- devices
@@ -364,7 +385,7 @@ HoldingList = Annotated[list[Holding], at_most(10_000, "entries")]
 
 
 class RegisterIn(DeviceBody, kw_only=True):
-    """A device introduces itself."""
+    """A device introduces itself. wants_token: it keeps a token of its own, if its key may give it one."""
 
     LINES: ClassVar[tuple[str, ...]] = ("device_name", "device_type", "version")
 
@@ -379,6 +400,7 @@ class RegisterIn(DeviceBody, kw_only=True):
     weight: Weight = 1.0
     max_concurrent_tasks: Slots = 1
     holding: Optional[HoldingList] = None
+    wants_token: bool = False
 
     def check(self, where: str, screen: Screen) -> None:
         super().check(where, screen)
@@ -611,7 +633,7 @@ def decode_each_task(raw: bytes) -> list[TaskIn | Invalid]:
     elif b'"tasks"' in raw[:4096] and "tasks" in decode_json(raw, cast("type[dict[str, Raw]]", dict[str, Raw]), ""):
         entries = decode(raw, TasksRawIn).tasks
     else:
-        entries = [Raw(raw)]
+        entries = [decode_json(raw, Raw, "")]
     return [_task_or_problem(bytes(entry)) for entry in entries]
 
 
@@ -838,7 +860,7 @@ encode = msgspec.json.Encoder().encode  # NaN and Infinity become null, so a rep
 # Made now, by one thread: msgspec 0.22 crashes the process when two threads are the first to use a Struct at once.
 for _first in (
     TaskIn, TaskList, TasksIn, RawTaskList, TasksRawIn, FilterIn, ActionIn, AssignIn, ReasonIn, StrategyIn, LimitIn,
-    LimitsIn, OpenLimitIn, LoginIn, Holding, RegisterIn,
+    LimitsIn, OpenLimitIn, LoginIn, KeyIn, Holding, RegisterIn,
     HeartbeatIn, ArtifactIn, ReportIn, ReportsIn, ReportsRawIn, AssignmentOnly, StatusIn, DeviceNameIn, DeviceStatusIn,
 ):  # fmt: skip
     decoder_for(cast("Any", _first))

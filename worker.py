@@ -28,6 +28,8 @@ start `python worker.py --device-id shop-7`. Only the device opens connections. 
              thread cannot be killed: 5 s after a cancel, or at once when out of time, it is left behind and replaced.
              What did not start within start_within_seconds (5 for what waits here, by CLOCK_BOOTTIME) is handed back
              unstarted; 2 s later the master gives it to others.
+  key        The configured api_key (best an enroll key) is traded for a token of this device when it first registers.
+             That stands in the state folder and is shown from then on; refused, the device registers anew with api_key.
   outage     First try after rand(0, reconnect spread), after a broken connection rand(0, a tenth of it); then rand(0,
              2, 4, 8 ... 60 s). At the first start rand(0, 1) instead of the spread: devices boot before their master.
              Connecting takes at most 5 s; a call has a total deadline (pull: wait + 10 s, beat 10, report 30).
@@ -65,10 +67,11 @@ from urllib.parse import quote
 from executors import task_executor
 from executors.device.artifacts import ArtifactFiles, Uploader
 from executors.device.child import CANCEL_GRACE_SECONDS, CANCELLED, RELEASED, TIMEOUT, Children
+from executors.device.credential import Credential
 from executors.device.deputy import Deputy
 from executors.device.holding import QUEUED, RUNNING, Held, Holding
 from executors.device.link import Busy, Link, MasterClient, Refused, Unreachable, number
-from executors.device.machine import STOP_SIGNALS, Machine, lock_file
+from executors.device.machine import STOP_SIGNALS, Machine, lock_file, make_folder
 from executors.device.pace import Pace
 from executors.device.pulls import Pulls, Wish
 from executors.device.reports import Reporter
@@ -119,10 +122,11 @@ class Worker:
     def __init__(self, settings: Settings, folder: Path) -> None:
         self.settings = settings
         self.boot_id = secrets.token_hex(16)
-        self.deputy = Deputy(settings, self.boot_id)
+        self.deputy = Deputy(settings, self.boot_id, folder)
         self.executors = task_executor.load_executors(settings.executors)
         self.link = Link(settings.master_url)
-        self.clients = {name: MasterClient(self.link, settings) for name in CALLERS}
+        self.credential = Credential(settings.api_key, folder)
+        self.clients = {name: MasterClient(self.link, settings, self.credential) for name in CALLERS}
         self.holding = Holding(settings.concurrent_tasks)
         self.pace = Pace(settings.concurrent_tasks)
         self.spool = Spool(folder, settings.spool_max_bytes)
@@ -342,9 +346,12 @@ class Worker:
         elif error.code == "conflict":
             detail = error.detail or f"several processes run as device {me}; stop all but one, then set it active"
             self.end(ExitCode.CONFLICT, f"the master holds device {me} in conflict: {detail}")
-        elif error.status in (401, 403):
-            advice = "write the master's api_key into the config file or AF_API_KEY"
-            self.end(ExitCode.REFUSED, f"the master refuses this device's key ({error.status}): {advice}")
+        elif error.status == 401 and self.credential.put_aside(error.key):
+            log.warning("the master refuses the token of device=%s; it registers again: %s", me, error.detail)
+            self.registered.clear()
+        elif error.status in (401, 403) and error.code != "address_not_allowed":  # an address may change again
+            advice = "it stands in api_key of the config file, or in AF_API_KEY"
+            self.end(ExitCode.REFUSED, f"the master refuses this device's key ({error}); {advice}")
         elif error.status == 426:
             self.end(ExitCode.REFUSED, error.detail or "the master needs a newer worker.py: copy its version here")
         else:
@@ -444,11 +451,13 @@ class Worker:
             "weight": settings.weight,
             "max_concurrent_tasks": self.holding.slots,
             "holding": self.holding.as_holding(),
+            "wants_token": self.credential.is_configured,
         }
         reply = self.clients["pull"].post("/devices/register", body, REGISTER_SECONDS)
         said = reply.get("settings")
         if not isinstance(said, dict):
             raise Unreachable("answered a registration without settings", was_broken=True)
+        self.credential.keep(reply.get("token"))
         self._adopt(said)
         cancel = reply.get("cancel")
         self.holding.cancel(cancel if isinstance(cancel, list) else ())
@@ -556,7 +565,7 @@ def take_folder(settings: Settings) -> Path:
     try:
         if not settings.device_id.strip("."):
             raise OSError(0, "device_id is no name for a folder")
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(folder, mode=0o700)
         descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         stop_with(SettingsError("state_folder", str(folder), None, f"cannot be used ({error.strerror}); write another"))

@@ -6,7 +6,8 @@ Only then are results, callbacks and replies released, so nobody hears of a writ
 When nothing waits, a lone job is committed at once: grouping adds no delay.
 
 A job that raises undoes its own savepoint and nobody else's. When SQLite drops the whole transaction (disk full,
-I/O error), every job of the group fails with StorageFailing and nothing of it is kept.
+I/O error), every job of the group fails with StorageFailing and nothing of it is kept. What that says of the disk is
+kept in `storage`; on a damaged file nothing is written any more.
 
 This file knows nothing of tasks. It must never be handed a job that waits for anything but the database.
 """
@@ -21,11 +22,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from pathlib import Path
 from typing import Any, TypeVar
 
 from peewee import SqliteDatabase
 
 from latency import Latency
+from storage import Storage, kind_of
 
 log = logging.getLogger("af.writer")
 Returned = TypeVar("Returned")
@@ -39,7 +42,13 @@ class WriterBusy(Exception):
 
 
 class StorageFailing(Exception):
-    """The database could not take the write (disk full, I/O error); nothing of it was kept."""
+    """The database could not take the write (disk full, I/O error, locked, damaged); nothing of it was kept.
+
+    `kind` as in storage.py, where it is known; `retry_after` in seconds."""
+
+    def __init__(self, text: str, retry_after: int = 30, kind: str | None = None) -> None:
+        super().__init__(text)
+        self.retry_after, self.kind = retry_after, kind
 
 
 class WriterStopped(Exception):
@@ -71,6 +80,7 @@ class Writer:
         self.connection: sqlite3.Connection | None = None
         self.before_commit: Callable[[], None] | None = None
         """Runs in a savepoint of its own at the end of every group: dispatch lives here."""
+        self.storage = Storage(Path(database.database))
         self.commits = Latency()
         self.committed_jobs = 0
 
@@ -154,6 +164,9 @@ class Writer:
 
     def _write(self, group: list[_Job]) -> None:
         assert self.connection is not None
+        if self.storage.damage is not None:
+            self._undo_group(group, sqlite3.DatabaseError(self.storage.damage))
+            return
         hook = _Job(self.before_commit) if self.before_commit is not None else None
         try:
             self.connection.execute("BEGIN IMMEDIATE")
@@ -161,7 +174,7 @@ class Writer:
                 self._run_in_savepoint(job)
             if hook is not None:
                 self._run_in_savepoint(hook)
-                if hook.future.done():
+                if hook.future.done() and not isinstance(hook.future.exception(), StorageFailing):
                     log.error("what runs before each commit failed", exc_info=hook.future.exception())
             started = time.perf_counter()
             self.connection.execute("COMMIT")
@@ -182,11 +195,11 @@ class Writer:
         try:
             job.outcome = job.run()
         except Exception as error:
-            if not self.connection.in_transaction:
+            if not self.connection.in_transaction or kind_of(error) == "damaged":
                 raise sqlite3.OperationalError(str(error)) from error
             execute("ROLLBACK TO job")
             execute("RELEASE job")
-            self._fail(job, _as_storage_failure(error))
+            self._fail(job, self._as_storage_failure(error))
             return
         finally:
             self._current = None
@@ -194,7 +207,8 @@ class Writer:
 
     def _undo_group(self, group: list[_Job], error: sqlite3.Error) -> None:
         assert self.connection is not None
-        log.error("a group of %d writes was undone: %s", len(group), error)
+        if kind_of(error) is None:
+            log.error("a group of %d writes was undone: %s", len(group), error)
         if self.connection.in_transaction:
             try:
                 self.connection.execute("ROLLBACK")
@@ -202,7 +216,17 @@ class Writer:
                 log.error("the rollback failed too: %s", second)  # the next BEGIN fails, and says so to its jobs
         for job in group:
             if not job.future.done():
-                self._fail(job, _as_storage_failure(error))
+                self._fail(job, self._as_storage_failure(error))
+
+    def _as_storage_failure(self, error: BaseException) -> BaseException:
+        """A failing disk is the storage's fault (503, try again); anything else is the job's own error."""
+        if isinstance(error, sqlite3.IntegrityError | sqlite3.ProgrammingError):
+            return error
+        if not isinstance(error, sqlite3.DatabaseError):
+            return error
+        retry_after = self.storage.fails(error)
+        text = f"the database cannot take writes now ({error}); nothing was changed"
+        return StorageFailing(text, retry_after, kind_of(error))
 
     def _fail(self, job: _Job, error: BaseException) -> None:
         _run_callbacks(job.when_undone)
@@ -236,12 +260,3 @@ def _run_callbacks(callbacks: list[Callable[[], None]]) -> None:
             callback()
         except Exception:
             log.exception("a callback after a commit failed")
-
-
-def _as_storage_failure(error: BaseException) -> BaseException:
-    """A failing disk is the storage's fault (503, try again); anything else is the job's own error."""
-    if isinstance(error, sqlite3.OperationalError | sqlite3.DatabaseError) and not isinstance(
-        error, sqlite3.IntegrityError | sqlite3.ProgrammingError
-    ):
-        return StorageFailing(f"the database cannot take writes now ({error}); nothing was changed")
-    return error

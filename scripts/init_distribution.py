@@ -131,7 +131,6 @@ def create_database(path: Path) -> bool:
 
 def reset_database(path: Path) -> str:
     """Backs the database up beside itself and starts it afresh; returns the line that says where the copy is."""
-    import artifacts
     import store
 
     with store.lock_database(path):
@@ -151,8 +150,8 @@ def reset_database(path: Path) -> str:
             target.unlink(missing_ok=True)
             _move_aside(path, target)
             how = f"could not be read ({error}) and was moved as it is to"
-        if artifacts.folder_of(path).exists():
-            artifacts.folder_of(path).rename(artifacts.folder_of(target))
+        if store.folder_of(path).exists():
+            store.folder_of(path).rename(store.folder_of(target))
         store.create_database(path)
     return f"{path}: the old database {how} {target}\n{path}: created afresh"
 

@@ -20,6 +20,7 @@ from typing import Any, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import access
 import api
 import db
 import openapi
@@ -71,6 +72,8 @@ EXIT_CODES = {
     settings.ExitCode.DATABASE_NEWER: "A newer version made this database.",
     settings.ExitCode.PORT_IN_USE: "Another program listens on the port.",
     settings.ExitCode.REFUSED: "The master refuses the key or the protocol.",
+    settings.ExitCode.DISK_FULL: "The disk has no room for a start, a backup or a restore; nothing is lost.",
+    settings.ExitCode.NETWORK_FILESYSTEM: "The database lies across a network (NFS, SMB and the like).",
 }
 
 
@@ -97,19 +100,21 @@ class NoHandlers:
 
 
 def api_page() -> str:
-    (prefix, below), (_, at_root) = api.routes(cast(api.Api, NoHandlers()))
+    tables = api.routes(cast(api.Api, NoHandlers()))
+    (prefix, below), (_, at_root) = tables
     operations = [route.operation for route in below]
     document = openapi.build(operations, version=settings.VERSION)
     text = "# HTTP API\n\n" + MADE.format("api.py, openapi.py and wire.py")
     text += (
         f"Everything is below `{prefix}`; `GET {prefix}/openapi.json` gives the same as an OpenAPI 3.1 document, with"
-        " the replies. Send the key as `Authorization: Bearer KEY` or `X-API-Key: KEY`; a browser trades it for a"
-        " cookie at `/login`. No key is needed only while none is configured and the master listens on loopback. Today"
-        " one key holds every role but public, which needs none. Errors are `application/problem+json` with a stable"
-        " `code`, a `detail` that says what to do and, where it applies, the `field`. Moments are text such as"
+        " the replies. Send a key as `Authorization: Bearer KEY` or `X-API-Key: KEY`; a browser trades it for a cookie"
+        " at `/login`. No key is needed only while no `api_key` is configured, no admin key was made, and the master"
+        " listens on loopback. The config's `api_key` is an admin key. Errors are `application/problem+json` with a"
+        " stable `code`, a `detail` that says what to do and, where it applies, the `field`. Moments are text such as"
         " `2026-11-25T13:59:07.123Z`, UTC.\n\n## Routes\n\n"
     )
     text += route_table(operations) + "\n## At the root\n\n" + route_table([route.operation for route in at_root])
+    text += "\n## Who may do what\n\n" + MATRIX + role_matrix([route.operation for _, some in tables for route in some])
     text += "\n## Query parameters\n\n" + table(("route", "parameters"), query_rows(operations))
     text += "\n## Request bodies\n\nA star marks what is required.\n"
     for name in request_types(operations):
@@ -125,6 +130,26 @@ def api_page() -> str:
 def route_table(operations: Sequence[openapi.Operation]) -> str:
     rows = [(op.method, f"`{op.path}`", op.role, op.summary, str(op.status)) for op in operations]
     return table(("method", "path", "role", "what", "answers"), rows)
+
+
+MATRIX = (
+    "Each of viewer, submitter, operator and admin may do what the one before it may. A device's token is for that"
+    " device alone: `403 not_your_device` for every other. An enroll key registers devices, so often and so long as it"
+    " says. `none` is somebody without a key. tests/test_roles.py asks a real master for every cell.\n\n"
+)
+
+
+def role_matrix(operations: Sequence[openapi.Operation]) -> str:
+    """Every route, and which roles may use it."""
+    head = ("route", "none", *access.ROLES)
+    rows = [
+        (f"`{op.method} {op.path}`", *("yes" if may else "" for may in who_may(op.role).values())) for op in operations
+    ]
+    return table(head, rows)
+
+
+def who_may(role: str) -> dict[str, bool]:
+    return {"none": role == access.PUBLIC, **{name: name in access.holders(role) for name in access.ROLES}}
 
 
 def query_rows(operations: Sequence[openapi.Operation]) -> list[tuple[str, str]]:

@@ -54,7 +54,7 @@ def refusal(ask: Any, *arguments: Any) -> Refused:
 )
 @pytest.mark.parametrize("role", ROLES)
 def test_the_right_key_is_let_in_for_every_role(headers: dict[str, str], role: str) -> None:
-    assert access().check(request("POST", **headers), role) == "key"
+    assert access().check(request("POST", **headers), role).by == "key"
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_anything_else_is_401_and_says_nothing_about_the_key(headers: dict[str, 
 
 
 def test_no_key_is_needed_only_without_one_and_on_loopback() -> None:
-    assert access(api_key="").check(request(), "admin") == "open"
+    assert access(api_key="").check(request(), "admin").by == "open"
     assert refusal(access(api_key="", host="0.0.0.0").check, request(), "viewer").status == 401
     assert refusal(access(host="127.0.0.1").check, request(), "viewer").status == 401
 
@@ -92,7 +92,7 @@ def test_an_empty_key_never_matches_an_unset_key() -> None:
 
 
 def test_what_is_public_needs_no_key() -> None:
-    assert access().check(request(), PUBLIC) == "public"
+    assert access().check(request(), PUBLIC).by == "public"
 
 
 def test_a_role_that_does_not_exist_is_a_programmers_mistake() -> None:
@@ -108,33 +108,33 @@ def cookie_of(header: str) -> str:
 
 
 def test_a_session_works_survives_a_restart_and_dies_with_the_key() -> None:
-    header = access().log_in(request("POST"), KEY)
+    header = access().log_in(request("POST"), KEY)[1]
     assert "HttpOnly" in header and "SameSite=Strict" in header and "Path=/" in header and "Secure" not in header
     reading = request(cookie="theme=dark; " + cookie_of(header))
-    assert access().check(reading, "viewer") == "session"
+    assert access().check(reading, "viewer").by == "session"
     assert refusal(access(api_key=KEY + "2").check, reading, "viewer").status == 401
 
 
 def test_a_session_ends_after_seven_days() -> None:
     clock = Clock()
     rules = access(clock)
-    reading = request(cookie=cookie_of(rules.log_in(request("POST"), KEY)))
+    reading = request(cookie=cookie_of(rules.log_in(request("POST"), KEY)[1]))
     clock.now += 7 * 86_400 - 1
-    assert rules.check(reading, "viewer") == "session"
+    assert rules.check(reading, "viewer").by == "session"
     clock.now += 1
     assert refusal(rules.check, reading, "viewer").status == 401
 
 
 def test_a_session_cannot_be_prolonged_by_hand() -> None:
-    name, _, value = cookie_of(access().log_in(request("POST"), KEY)).partition("=")
-    expires, nonce, signature = value.split(".")
-    forged = f"{name}={int(expires) + 9}.{nonce}.{signature}"
+    name, _, value = cookie_of(access().log_in(request("POST"), KEY)[1]).partition("=")
+    expires, nonce, key_id, signature = value.split(".")
+    forged = f"{name}={int(expires) + 9}.{nonce}.{key_id}.{signature}"
     assert refusal(access().check, request(cookie=forged), "viewer").status == 401
 
 
 def test_a_session_is_for_tls_only_where_there_is_tls() -> None:
     environ = {**request("POST"), "wsgi.url_scheme": "https"}
-    assert access().log_in(environ, KEY).endswith("; Secure")
+    assert access().log_in(environ, KEY)[1].endswith("; Secure")
 
 
 def test_a_wrong_key_gets_no_session() -> None:
@@ -162,12 +162,12 @@ STRANGE = [
 
 
 def session() -> str:
-    return cookie_of(access().log_in(request("POST"), KEY))
+    return cookie_of(access().log_in(request("POST"), KEY)[1])
 
 
 @pytest.mark.parametrize("headers", OURS)
 def test_a_session_may_write_from_our_own_page(headers: dict[str, str]) -> None:
-    assert access().check(request("PUT", cookie=session(), **headers), "operator") == "session"
+    assert access().check(request("PUT", cookie=session(), **headers), "operator").by == "session"
 
 
 @pytest.mark.parametrize("headers", [{}, *STRANGE])
@@ -182,12 +182,12 @@ def test_an_open_master_refuses_pages_of_other_sites(headers: dict[str, str]) ->
 
 
 def test_an_open_master_serves_programs_that_are_no_browser() -> None:
-    assert access(api_key="").check(request("POST"), "submitter") == "open"
+    assert access(api_key="").check(request("POST"), "submitter").by == "open"
 
 
 def test_a_strange_page_cannot_even_read_from_an_open_master() -> None:
     assert refusal(access(api_key="").check, request(sec_fetch_site="cross-site"), "device").status == 403
-    assert access(api_key="").check(request(sec_fetch_site="none"), "viewer") == "open"
+    assert access(api_key="").check(request(sec_fetch_site="none"), "viewer").by == "open"
 
 
 OUR_HOSTS = ["127.0.0.1", "127.0.0.1:8000", "[::1]:8000", "localhost:8000", "LOCALHOST", "10.1.2.3:8000",
@@ -199,7 +199,7 @@ STRANGE_HOSTS = ["", "evil.example", "evil.example:8000", "localhost.evil.exampl
 @pytest.mark.parametrize("host", OUR_HOSTS)
 def test_our_own_names_are_hosts(host: str) -> None:
     rules = access(api_key="", allowed_hosts=("Crawl.example.org", "shop:8000"))
-    assert rules.check({**request(), "HTTP_HOST": host}, "viewer") == "open"
+    assert rules.check({**request(), "HTTP_HOST": host}, "viewer").by == "open"
 
 
 @pytest.mark.parametrize("host", STRANGE_HOSTS)
@@ -210,7 +210,7 @@ def test_a_name_that_is_not_ours_is_refused(host: str) -> None:
 
 
 def test_a_device_with_the_key_may_use_any_name() -> None:
-    assert access().check({**request("POST", x_api_key=KEY), "HTTP_HOST": "master:8000"}, "device") == "key"
+    assert access().check({**request("POST", x_api_key=KEY), "HTTP_HOST": "master:8000"}, "device").by == "key"
 
 
 @pytest.mark.parametrize("query", ["key=x", "a=1&token=x", "API_KEY=x", "access_token=", "%6bey=x"])
@@ -232,7 +232,7 @@ def test_the_eleventh_wrong_key_in_a_minute_has_to_wait_and_the_right_one_never(
     answers = [refusal(rules.check, request(x_api_key="wrong"), "viewer") for _ in range(12)]
     assert [answer.status for answer in answers] == [401] * 10 + [429] * 2
     assert 1 <= int(answers[-1].headers["Retry-After"]) <= 60
-    assert rules.check(request(x_api_key=KEY), "viewer") == "key"
+    assert rules.check(request(x_api_key=KEY), "viewer").by == "key"
     assert rules.log_in(request("POST"), KEY)
     other = {**request(x_api_key="wrong"), "REMOTE_ADDR": "192.0.2.8"}
     assert refusal(rules.check, other, "viewer").status == 401

@@ -15,6 +15,7 @@ from world import World
 import db
 import openapi
 import replies
+from access import Who
 from api import Api
 from web import Call
 from wire import Query
@@ -238,7 +239,7 @@ def test_an_id_that_was_only_rehearsed_is_never_told_as_another_tasks(world: Wor
     somebody = SimpleNamespace(highest_id=world.submit)  # who submits while the rehearsal goes on
     api = SimpleNamespace(store=world.store, reads=somebody, fleet=SimpleNamespace(task_types=dict))
     twice = b'[{"task_type": "echo", "unique_key": "k"}, {"task_type": "echo", "unique_key": "k"}]'
-    found = Api._preview(api, Call(twice, Query(""), {}, "", {}))  # type: ignore[arg-type]
+    found = Api._preview(api, Call(twice, Query(""), {}, Who("", None, None, None, "open", ""), {}, {}))  # type: ignore[arg-type]
     assert [entry["id"] for entry in found["tasks"]] == [None, None]
 
 

@@ -24,11 +24,10 @@ from executors.data_sync import DataSyncExecutor
 from executors.task_executor import Outcome
 
 APP = "com.example.ferry"
-TODAY = window.utc_today()
 
 
 def day(ago: int) -> str:
-    return (TODAY - timedelta(days=ago)).isoformat()
+    return (window.utc_today() - timedelta(days=ago)).isoformat()
 
 
 @pytest.fixture
@@ -290,7 +289,8 @@ def test_an_hour_that_is_still_at_the_cap_is_kept_as_truncated(fake: FakeAppsFly
 
 
 def test_halves_meet_at_midnights_and_then_at_full_hours_down_to_one() -> None:
-    days = window.Window.of_days(TODAY, TODAY + timedelta(days=2))
+    today = window.utc_today()
+    days = window.Window.of_days(today, today + timedelta(days=2))
     first, second = days.halves()
     assert (first.day_count, second.day_count, first.end) == (1, 2, second.start)
     waiting, leaves = [days], []

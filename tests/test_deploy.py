@@ -391,7 +391,7 @@ def test_a_service_starts_again_only_where_that_can_help() -> None:
     code = settings.ExitCode
     master = {code(int(word)) for word in unit_value("af-master.service", "RestartPreventExitStatus").split()}
     worker = {code(int(word)) for word in unit_value("af-worker@.service", "RestartPreventExitStatus").split()}
-    assert master == {code.SETTINGS, code.DATABASE_BAD, code.DATABASE_NEWER}
+    assert master == {code.SETTINGS, code.DATABASE_BAD, code.DATABASE_NEWER, code.NETWORK_FILESYSTEM}
     assert worker == {code.SETTINGS, code.CONFLICT, code.REFUSED}
     assert int(unit_value("af-worker@.service", "TimeoutStopSec")) > settings.Settings().drain_seconds + 13
 

@@ -298,6 +298,12 @@ def test_a_deputy_beats_with_nothing_but_the_boot_id_and_not_for_ever(
     impatient = "holding.SHORTEST_PATIENCE_SECONDS = 1.0\nworker.DEPUTY_EXTRA_SECONDS = 0.5"
     until = tmp_path / "go"
     task = fake.give("hold_interpreter", {"until": str(until)}, execution_timeout_seconds=1)
+
+    def give_token(sent: dict[str, Any]) -> dict[str, Any]:
+        fake.authorizations.clear()  # of the registration itself
+        return {**fake._register(sent), "token": "afk_1_of-this-device"}
+
+    fake.script["register"].append(give_token)
     script = patched_worker(tmp_path, impatient)
     start_worker(programs, fake, tmp_path / "shop-1", script=script, task_timeout=1)
 
@@ -311,7 +317,7 @@ def test_a_deputy_beats_with_nothing_but_the_boot_id_and_not_for_ever(
     fake.wait_for_report(task)
     sent = next(sent for _, sent in fake.heard if sent["holding"] is None)  # type: ignore[attr-defined]
     assert sent == {"boot_id": fake.registers[0]["boot_id"], "seq": 0, "holding": None}
-    assert fake.authorizations == {"Bearer key-of-this-test"}
+    assert fake.authorizations == {"Bearer afk_1_of-this-device"}
 
 
 def test_a_deputy_does_not_call_a_master_that_its_worker_waits_for(

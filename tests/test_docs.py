@@ -276,3 +276,12 @@ def test_a_decision_has_at_most_ten_lines() -> None:
         title, _, body = entry.partition("\n")
         lines = sum(-(-len(line) // 160) for line in body.strip().splitlines() if line)
         assert lines <= 10, title
+
+
+def test_every_test_that_a_promise_names_exists() -> None:
+    page = text("docs/guarantees.md") + text("SECURITY.md")
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page)
+    shown = set(re.findall(r"^\| (G\d+) \| `tests/", page, re.MULTILINE))
+    assert shown == {f"G{n}" for n in range(1, 16)}
+    missing = [f"{path}::{name}" for path, name in named if not re.search(rf"^def {name}\(", text(path), re.MULTILINE)]
+    assert not missing

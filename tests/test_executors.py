@@ -336,6 +336,12 @@ def test_a_credential_is_hidden_in_every_spelling(secret: str, spelt: str) -> No
     assert secret not in outcome.log_tail and "<***|***>" in outcome.log_tail
 
 
+def test_a_key_of_a_master_is_hidden_although_no_setting_names_it() -> None:
+    token = "afk_12_Q-abcdefghijklmnop_r"
+    outcome = task_executor.run(Calling(raising(ValueError(f"<{token}>"))), {"id": 1}, settings={})
+    assert outcome.error_message == "<***>" and token not in outcome.log_tail
+
+
 def test_half_a_credential_is_not_left_where_a_text_is_cut() -> None:
     longest = task_executor.ERROR_MESSAGE_CHARACTERS
     error = ValueError("x" * (longest - 10) + TOKEN)

@@ -20,9 +20,12 @@ HOUSE: dict[str, tuple[str, str]] = {
     "reasons": ("", "why a task waits is worked out from rows, not looked up"),
     "values": ("msgspec", "which values may be stored is no matter of routes or tables"),
     "wire": ("msgspec values", "what a valid message is, is no matter of routes or tables"),
-    "access": ("settings", "who may ask is decided before anything else is looked at"),
+    "keys": ("reads schema store transaction", "whose key it is is no matter of requests"),
+    "access": ("keys settings", "who may ask is decided before anything else is looked at"),
+    "audit": ("access keys reads store transaction writer", "what is kept of calls knows no routes"),
     "latency": ("", "how long something took is a number, whatever it was"),
-    "writer": ("peewee latency", "how a write becomes durable has nothing to do with tasks"),
+    "storage": ("", "what SQLite says of the disk is the same for every table"),
+    "writer": ("peewee latency storage", "how a write becomes durable has nothing to do with tasks"),
     "schema": ("peewee", "tables know no verbs"),
     "transaction": ("", "what a job has changed so far is plain bookkeeping"),
     "limits": ("transaction", "how many may run is counted, wherever the tasks come from"),
@@ -31,7 +34,7 @@ HOUSE: dict[str, tuple[str, str]] = {
     "judging": ("db limits schema transaction", "what a report may still do is decided before any verb"),
     "retention": ("transaction", "what is over is deleted, whatever it was"),
     "devices": ("db judging schema transaction", "what a device is needs the verbs, not the API"),
-    "store": ("peewee schema transaction writer", "the file and its lock are no matter of tasks"),
+    "store": ("peewee schema storage transaction writer", "the file and its lock are no matter of tasks"),
     "listing": ("", "how a list is walked is SQL alone"),
     "backlog": ("reads", "questions never use a verb"),
     "reads": ("peewee listing schema", "questions never use a verb"),
@@ -46,7 +49,7 @@ HOUSE: dict[str, tuple[str, str]] = {
         "dispatch knows no HTTP and no schedule",
     ),
     "scheduler": (
-        "schedule db devices dispatcher history lanes limits retention store transaction",
+        "schedule audit db devices dispatcher history keys lanes limits retention store transaction writer",
         "what time does knows no HTTP",
     ),
     "events": ("transaction", "telling what happened changes nothing"),
@@ -55,8 +58,18 @@ HOUSE: dict[str, tuple[str, str]] = {
     "metrics": ("prometheus_client reads", "one home for Prometheus"),
     "openapi": ("msgspec values", "the document is made from types, not from handlers"),
     "replies": ("msgspec openapi", "the document is made from types, not from handlers"),
+    "backups": (
+        "artifacts audit db history schema storage store transaction",
+        "a copy and its return are no matter of routes",
+    ),
     "artifacts": ("db judging reads store transaction writer", "where files lie is no matter of routes"),
-    "web": ("bottle access artifacts devices latency openapi reads strategies wire writer", "one home for bottle"),
+    "addresses": ("", "whose address it is can be told from the request alone"),
+    "rates": ("", "how often is a number, whoever asks"),
+    "connections": ("addresses", "a connection is a connection, whatever is asked on it"),
+    "web": (
+        "bottle access addresses artifacts audit connections devices keys latency openapi rates reads strategies wire writer",
+        "one home for bottle",
+    ),
     "api_batches": (
         "db history progress reads store transaction web wire",
         "a part of api.py, with a question of its own",
@@ -65,29 +78,38 @@ HOUSE: dict[str, tuple[str, str]] = {
         "devices fleet reads settings store web wire writer",
         "a part of api.py, with a question of its own",
     ),
+    "api_keys": (
+        "access audit devices keys store transaction web wire",
+        "a part of api.py, with a question of its own",
+    ),
     "api_limits": ("backlog lanes limits store web wire", "a part of api.py, with a question of its own"),
     "api_system": (
-        "about access attention backlog dispatcher edge events fleet history latency openapi reads reasons scheduler schema series"
+        "about access attention backlog backups dispatcher edge events fleet history latency openapi reads reasons scheduler schema series"
         " settings store strategies web wire writer",
         "a part of api.py, with a question of its own",
     ),
     "api": (
-        "msgspec access api_batches api_devices api_limits api_system artifacts attention backlog db devices dispatcher edge events"
-        " export fleet history judging latency metrics openapi progress reads reasons replies scheduler schema series settings store"
+        "msgspec access api_batches api_devices api_keys api_limits api_system artifacts attention audit backlog backups connections db devices dispatcher edge"
+        " events export fleet history judging keys latency metrics openapi progress reads reasons replies scheduler schema series settings store"
         " transaction values web wire",
         "routes are thin; they never run tasks or talk to other servers",
     ),
+    "key_commands": (
+        "access audit client clock keys settings store transaction wire",
+        "a command uses the file, or the public API of the master that has it",
+    ),
     "server": ("granian", "how the app meets the network is no matter of the app"),
     "master": (
-        "access api api_limits artifacts attention backlog clock db devices dispatcher edge events fleet history lanes latency limits"
-        " metrics progress reads scheduler series server settings store strategies transaction web wire writer",
+        "access addresses api api_limits artifacts attention audit backlog backups clock connections db devices"
+        " dispatcher edge events fleet history key_commands keys lanes latency limits metrics progress rates reads retention"
+        " scheduler series server settings store strategies transaction web wire writer",
         "an outline of the master; never a worker's or an executor's",
     ),
     "worker": ("settings executors", "it is copied to machines that have nothing else"),
     "standalone": ("client demo settings", "it starts the same programs as in production and never opens the database"),
     "demo": ("client demo_site settings", "it uses the public API only"),
     "demo_site": ("", "it renders in child processes that see nothing else, and knows nothing of tasks"),
-    "client": ("requests settings", "a command uses the public API only"),
+    "client": ("requests executors settings", "a command uses the public API only"),
     "task_files": ("client settings", "what a file of tasks says is no matter of HTTP"),
     "main": ("client settings task_files tqdm", "each mode is imported by its name when it is asked for"),
 }

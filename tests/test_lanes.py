@@ -13,6 +13,7 @@ from world import World
 import db
 import devices
 import lanes
+import retention
 from dispatcher import Lane
 from reads import Reads
 from schema import FAILURES_TO_PROBATION
@@ -73,6 +74,17 @@ def test_new_lanes_of_a_paused_batch_are_held_too(world: World) -> None:
     assert world.pull(limit=9) == []
     world.store.write(db.set_batch_state, "b", "open")
     assert len(world.pull(limit=9)) == 3
+
+
+def test_a_pause_ends_with_its_batch_and_not_later(world: World) -> None:
+    world.submit(batch="b")
+    last = world.take()
+    world.store.write(db.set_batch_state, "b", "paused", None)
+    world.report(last, "completed")
+    world.now += 100
+    assert world.store.write(retention.delete_finished, world.now - 50) == 1
+    again = world.submit(batch="b")
+    assert ids(world.pull()) == [again]
 
 
 # -- a device that is preferred ----------------------------------------------------------------------------------

@@ -643,7 +643,7 @@ def test_what_counts_for_nothing_any_more_is_forgotten(world: World) -> None:
         world.report(task, "completed")
     kept = world.submit(username="user-3")
     tidy = scheduler_module.Scheduler.forget_lanes
-    times = scheduler_module.Times(10, 60, 300, 30, 7, 30)
+    times = scheduler_module.Times(10, 60, 300, 30, 7, 30, 365)
     tidier = scheduler_module.Scheduler(world.store, world.dispatcher, world.presence, times)
     world.store.write(lambda tx: tidy(tidier, tx))
     assert len(world.rows("SELECT * FROM af_lane")) == 1

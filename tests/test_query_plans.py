@@ -28,10 +28,10 @@ from scheduler import Scheduler, Times
 GROWING = {
     "af_crawl_tasks", "af_task_payload", "af_task_result", "af_task_assignment", "af_artifact", "af_device_heartbeat",
     "af_lane", "af_lane_key", "af_limit_key", "af_limit_start", "af_affinity", "af_batch", "af_count", "af_minute",
-    "af_hour", "af_event",
+    "af_hour", "af_event", "af_audit",
 }  # fmt: skip
-BOUNDED_TABLES = {"af_device", "af_limit", "af_pause", "af_meta"}
-"""As many rows as there are machines, limits, pauses; whatever the tables of tasks hold."""
+BOUNDED_TABLES = {"af_device", "af_limit", "af_pause", "af_key", "af_meta"}
+"""As many rows as there are machines, limits, pauses, keys; whatever the tables of tasks hold."""
 
 ACTIVE_INDEXES = {"attempt_active", "attempt_holder", "attempt_deadline"}
 """Partial indexes with as many entries as tasks run now: they may be read from end to end."""
@@ -51,6 +51,7 @@ EXCEPTIONS = (
     ("SCAN af_lane USING INDEX lane_idle",            "LIMIT 2000",                      "it stops at LIMIT"),
     ("SCAN af_artifact USING INDEX artifact_dropped", "LIMIT 2000",                      "it stops at LIMIT"),
     ("SCAN af_event",                                 "ORDER BY id LIMIT 500",           "it stops at LIMIT"),
+    ("SCAN af_audit",                                 "ORDER BY id LIMIT 500",           "it stops at LIMIT"),
     ("SCAN af_lane USING INDEX lane_stale",           "is_stale = 1 AND waiting > 0",    "for seconds, after the limits were changed"),
     ("SCAN af_lane USING COVERING INDEX lane_place",  "SELECT DISTINCT task_type, shape", "when the limits are changed"),
     ("USE TEMP B-TREE FOR DISTINCT",                  "SELECT DISTINCT task_type, shape", "as many as types and limits"),
@@ -143,6 +144,7 @@ def act(master: Master, failed: int, waiting: int) -> None:
     wait_for("room for com.z", lambda: master.pull("shop-2")[0]["app_id"] == "com.z")
     master.call("POST", "/limits/app/open", {})
     master.call("PUT", "/devices/shop-1/status", {"status": "draining"})
+    assert master.api("POST", "/devices/shop-1/revoke", {}).json()["code"] == "no_token"
 
 
 def ask(master: Master) -> None:
@@ -163,7 +165,8 @@ def ask(master: Master) -> None:
         "/devices/shop-1/stats", "/batches", "/batches?name=b", "/lanes", "/lanes?task_type=echo", "/limits",
         "/tasks/1", "/tasks/1/why", "/tasks/150/why", "/events/history", "/events/history?kind=system",
         "/events/history?verb=register", "/events/history?device_id=shop-1", "/batches/b", "/batches/b/failures", "/devices/shop-1",
-        "/devices/shop-1/heartbeats", "/system/series",
+        "/devices/shop-1/heartbeats", "/system/series", "/keys", "/audit", "/audit?actor=127.0.0.1", "/audit?outcome=ok",
+        "/audit?action=set_limits", "/audit?since=2020-01-01T00:00:00Z&until=2100-01-01T00:00:00Z",
     ):  # fmt: skip
         master.get(path)
     for part in ("username", "text", "device_id"):

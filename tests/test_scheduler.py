@@ -8,6 +8,7 @@ import pytest
 from world import World
 
 import db
+import retention
 from scheduler import Scheduler, Times
 from transaction import Tx
 
@@ -16,7 +17,8 @@ DAY = 86400.0
 
 @pytest.fixture
 def scheduler(world: World) -> Scheduler:
-    times = Times(10, 60, 300, retention_days=30, heartbeat_retention_days=7, event_retention_days=90)
+    times = Times(10, 60, 300, retention_days=30, heartbeat_retention_days=7, event_retention_days=90,
+                  audit_retention_days=365)  # fmt: skip
     return Scheduler(world.store, world.dispatcher, world.presence, times)
 
 
@@ -26,6 +28,7 @@ def test_the_table_names_all_that_happens_by_itself(scheduler: Scheduler) -> Non
         (1.0, "promote_due"),
         (1.0, "release_overdue"),
         (1.0, "write_beats"),
+        (1.0, "probe_storage"),
         (60, "release_silent"),
         (60.0, "remember_time"),
         (300.0, "thin_heartbeats"),
@@ -34,6 +37,7 @@ def test_the_table_names_all_that_happens_by_itself(scheduler: Scheduler) -> Non
         (1.0, "reshape_lanes"),
         (30.0, "forget_lanes"),
         (60.0, "forget_events"),
+        (60.0, "forget_audit"),
     ]
 
 
@@ -144,6 +148,42 @@ def test_finished_tasks_end_with_their_retention_and_their_pages_go_back_to_the_
     assert world.rows("SELECT * FROM af_batch") == []
     assert world.rows("SELECT * FROM af_count WHERE scope = 'batch'") == []
     assert world.rows("PRAGMA page_count")[0]["page_count"] < pages_before / 2
+
+
+def test_a_start_with_a_clock_far_ahead_deletes_nothing_for_an_hour_and_says_so(
+    scheduler: Scheduler, world: World
+) -> None:
+    task_id = world.submit()
+    world.report(world.take(), "completed")
+    world.store.write(lambda tx: tx.note("system", "master_started"))
+    world.beat()
+    known_until = world.now
+    jobs = [scheduler.delete_finished, scheduler.thin_heartbeats, scheduler.roll_up, scheduler.forget_events]
+
+    def kept() -> list[int]:
+        for job in jobs:
+            world.store.write(job)
+        tables = ("af_crawl_tasks", "af_device_heartbeat", "af_minute", "af_event")
+        return [world.rows(f"SELECT count(*) AS n FROM {table}")[0]["n"] for table in tables]
+
+    world.now += 100 * DAY
+    scheduler.deletes_from = world.store.write(retention.deletes_from, known_until)
+    before = kept()
+    assert before[0] == 1 and all(before)
+    world.now += 3590
+    # A second start within the hour knows of nothing unusual, and waits all the same.
+    scheduler.deletes_from = world.store.write(retention.deletes_from, world.now)
+    assert kept() == before
+    kind, sentence = scheduler.watch(world.now, world.now) or ("", "")
+    assert kind == "clock" and "set the clock and restore" in sentence
+    world.now += 11
+    assert scheduler.watch(world.now, world.now) is None
+    assert kept()[:2] == [0, 0] and world.rows("SELECT id FROM af_crawl_tasks WHERE id = ?", task_id) == []
+
+
+def test_a_start_within_a_day_of_what_is_known_deletes_at_once(world: World) -> None:
+    assert world.store.write(retention.deletes_from, world.now - DAY) == 0.0
+    assert world.store.write(retention.deletes_from, 0.0) == 0.0, "a new database knows nothing"
 
 
 def test_retention_goes_on_at_once_while_there_is_more(

@@ -120,7 +120,7 @@ def test_minutes_of_batches_do_not_become_hours(world: World) -> None:
     end(world, "completed", batch="b")
     world.now += 3 * 86400
     times = Times(dispatch_interval=1, timeout_check_interval=1, device_timeout=300, retention_days=30,
-                  heartbeat_retention_days=7, event_retention_days=30)  # fmt: skip
+                  heartbeat_retention_days=7, event_retention_days=30, audit_retention_days=365)  # fmt: skip
     scheduler = Scheduler(world.store, world.dispatcher, world.presence, times)
     while world.store.write(scheduler.roll_up):
         pass

@@ -18,30 +18,31 @@ from farm import environment
 sys.path.insert(0, str(Path(__file__).resolve().parent / "torture"))
 
 import launch
+import power
 from checker import COUNTS, Evidence, Verdict, check
 from faults import KINDS, make_schedule
 from torture import PLANTS
 
-BENCH = str(Path(__file__).resolve().parent / "torture" / "torture.py")
+BENCHES = Path(__file__).resolve().parent / "torture"
 
 
-def torture(folder: Path, *arguments: str, seconds: float = 280) -> tuple[int, str]:
+def torture(folder: Path, *arguments: str, bench: str = "torture.py", seconds: float = 280) -> tuple[int, str]:
     """Exit code and output; the processes of a bench that hangs end with it."""
-    command = [sys.executable, BENCH, "--keep", str(folder), *arguments]
-    bench = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
+    command = [sys.executable, str(BENCHES / bench), "--keep", str(folder), *arguments]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
     try:
-        output, _ = bench.communicate(timeout=seconds)
+        output, _ = run.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        bench.terminate()
-        output, _ = bench.communicate()
-    return bench.returncode, output
+        run.terminate()
+        output, _ = run.communicate()
+    return run.returncode, output
 
 
 # -- the shipped programs -------------------------------------------------------------------------------------
 
 
 def test_kills_and_a_bad_network_lose_nothing(tmp_path: Path) -> None:
-    kinds = "kill_master,kill_worker,kill_producer,power_cut_worker,lose_answers,duplicate,clock_step"
+    kinds = "kill_master,power_cut_master,kill_worker,power_cut_worker,kill_producer,lose_answers,duplicate,clock_step"
     code, output = torture(tmp_path, "--seconds", "4", "--seed", "1", "--kinds", kinds)
     assert code == 0, output
 
@@ -54,10 +55,20 @@ def test_ten_minutes_of_all_faults_lose_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(bool(power.why_not()), reason=f"no power can be cut here: {power.why_not()}")
+def test_forty_power_cuts_lose_nothing(tmp_path: Path) -> None:
+    code, output = torture(tmp_path, "--cuts", "40", bench="power_cuts.py", seconds=1100)
+    assert code == 0, output
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("plant", PLANTS)
 def test_a_planted_mistake_is_found(plant: str, tmp_path: Path) -> None:
     """Chance decides whether a kill meets the moment that it needs, so there are three tries."""
+    if power.why_not() and any(kind.startswith("power_cut") for kind in PLANTS[plant].kinds):
+        pytest.skip(f"no power can be cut here: {power.why_not()}")
 
     def is_found(seed: int) -> bool:
         code, output = torture(tmp_path / str(seed), "--plant", plant, "--seed", str(seed))

@@ -227,6 +227,21 @@ def test_a_transaction_that_sqlite_drops_fails_every_write_of_its_group(desk: De
     assert desk.writer.call(desk.insert(3)) == 3 and desk.rows() == [3]
 
 
+def test_a_damaged_file_is_not_written_any_more(desk: Desk) -> None:
+    told: list[str] = []
+    desk.writer.storage.on_damage = lambda: told.append("damaged")
+
+    def reads_nonsense() -> None:
+        raise sqlite3.DatabaseError("database disk image is malformed")
+
+    leave = desk.hold()
+    futures = [desk.writer.post(job) for job in (desk.insert(1), reads_nonsense, desk.insert(2))]
+    leave.set()
+    assert results(futures) == [StorageFailing] * 3
+    assert results([desk.writer.post(desk.insert(3))]) == [StorageFailing]
+    assert desk.rows() == [] and told == ["damaged"]
+
+
 class FailingCommit:
     """The writer's own connection, whose next COMMIT meets a full disk."""
 

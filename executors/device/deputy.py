@@ -24,6 +24,7 @@ import time
 TYPE_CHECKING = False  # typing itself would cost another megabyte
 if TYPE_CHECKING:
     import subprocess
+    from pathlib import Path
     from typing import Any, NoReturn, Optional
 
     from settings import Settings
@@ -37,9 +38,9 @@ RUN = "import sys; sys.path.insert(0, sys.argv[1]); from executors.device import
 class Deputy:
     """The worker's end of the pipe; without a process at the other end it does nothing."""
 
-    def __init__(self, settings: Settings, boot_id: str) -> None:
-        self._settings, self._boot_id = settings, boot_id
-        self._process = _start(settings, boot_id)
+    def __init__(self, settings: Settings, boot_id: str, folder: Path) -> None:
+        self._settings, self._boot_id, self._folder = settings, boot_id, folder
+        self._process = _start(settings, boot_id, folder)
         self._due: Optional[float] = None
         self._speaks_at = NEVER
 
@@ -61,7 +62,7 @@ class Deputy:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(1.0)
         self._process.stdin.close()
-        self._process = _start(self._settings, self._boot_id)
+        self._process = _start(self._settings, self._boot_id, self._folder)
 
     def rest(self) -> None:
         """No beat is due until the next `expect`."""
@@ -81,7 +82,7 @@ def _margin(interval: float) -> float:
     return min(LONGEST_MARGIN_SECONDS, interval / 2)
 
 
-def _start(settings: Settings, boot_id: str) -> Optional[subprocess.Popen[bytes]]:
+def _start(settings: Settings, boot_id: str, folder: Path) -> Optional[subprocess.Popen[bytes]]:
     if os.name != "posix":
         return None
     import dataclasses
@@ -93,7 +94,7 @@ def _start(settings: Settings, boot_id: str) -> Optional[subprocess.Popen[bytes]
     from executors.device.machine import STOP_SIGNALS
 
     root = str(Path(__file__).resolve().parents[2])
-    about = {"path": sys.path, "settings": dataclasses.asdict(settings), "boot_id": boot_id}
+    about = {"path": sys.path, "settings": dataclasses.asdict(settings), "boot_id": boot_id, "folder": str(folder)}
     # The mask is inherited: what stops the worker must not stop its deputy first.
     old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
@@ -145,6 +146,7 @@ class Watch:
         self._interval, self._until = 0.0, NEVER
         self._due = NEVER  # a beat in its place
         self._client: Any = None
+        self._credential: Any = None
         self._thread: Any = None
 
     def expect(self, due: float, interval: float, patience: float) -> None:
@@ -187,11 +189,16 @@ class Watch:
         about = json.loads(self._about)
         if self._client is None:
             sys.path[:] = about["path"]
+            from pathlib import Path
+
+            from executors.device.credential import Credential
             from executors.device.link import Link, MasterClient
             from settings import Settings
 
             settings = Settings(**about["settings"])
-            self._client = MasterClient(Link(settings.master_url), settings)
+            self._credential = Credential(settings.api_key, Path(about["folder"]))
+            self._client = MasterClient(Link(settings.master_url), settings, self._credential)
+        self._credential.reload()
         path = f"/devices/{quote(about['settings']['device_id'], safe='')}/heartbeat"
         body = {"boot_id": about["boot_id"], "seq": 0, "holding": None}
         self._thread = threading.Thread(target=self._beat, args=(path, body), daemon=True)

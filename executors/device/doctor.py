@@ -33,9 +33,11 @@ from urllib.parse import quote, urlsplit
 import requests
 
 from executors import task_executor
+from executors.device.credential import Credential
 from executors.device.link import Busy, Link, MasterClient, Refused, Unreachable
 from executors.device.machine import lock_file
-from settings import PROTOCOL, ExitCode, Settings, one_line
+from executors.device.trust import bundle_of_environment
+from settings import PLAIN_HTTP, PROTOCOL, ExitCode, Settings, is_private, one_line
 
 OK, NOTE, FIX = "ok", "note", "fix"
 STEP_SECONDS = 5.0
@@ -123,7 +125,8 @@ class Way:
             self.next_host, self.next_port = proxy.hostname or "", proxy.port or 80
         else:
             self.next_host, self.next_port = self.host, self.port
-        self.client = MasterClient(Link(settings.master_url), settings)
+        self.credential = Credential(settings.api_key, Path(settings.state_folder) / (settings.device_id or "."))
+        self.client = MasterClient(Link(settings.master_url), settings, self.credential)
         self.date: Optional[str] = None
         self.asked_at = 0.0
 
@@ -161,7 +164,8 @@ class Way:
         where = f"{self.next_host} port {self.next_port}"
         started = time.monotonic()
         try:
-            within(STEP_SECONDS, self._connect).close()
+            with within(STEP_SECONDS, self._connect) as connection:
+                address = str(connection.getpeername()[0])
         except ConnectionRefusedError:
             here = " (127.0.0.1 is this machine itself)" if self.next_host in ("127.0.0.1", "localhost", "::1") else ""
             advice = "check master_url; start the master; from other machines it is reached with --host 0.0.0.0 only"
@@ -172,7 +176,12 @@ class Way:
         except OSError as error:
             advice = "check this machine's network, and the address in master_url"
             return Finding(FIX, "connection", f"there is no way to {where} ({error.strerror or error}); {advice}")
-        return Finding(OK, "connection", f"{where} answers in {1000 * (time.monotonic() - started):.0f} ms")
+        milliseconds = 1000 * (time.monotonic() - started)
+        # What lies behind a proxy can be told from the address alone.
+        if not self.is_tls and not is_private(self.host if self.proxy else address):
+            mark = NOTE if self.settings.insecure_http else FIX
+            return Finding(mark, "connection", f"{where} answers in {milliseconds:.0f} ms, but {PLAIN_HTTP}")
+        return Finding(OK, "connection", f"{where} answers in {milliseconds:.0f} ms")
 
     def _connect(self) -> socket.socket:
         try:
@@ -181,11 +190,7 @@ class Way:
             raise TimeoutError(str(error)) from None
 
     def certificate(self) -> Finding:
-        bundle = (
-            os.environ.get("REQUESTS_CA_BUNDLE")
-            or os.environ.get("CURL_CA_BUNDLE")
-            or requests.utils.DEFAULT_CA_BUNDLE_PATH
-        )
+        bundle = self.settings.ca_file or bundle_of_environment() or requests.utils.DEFAULT_CA_BUNDLE_PATH
         try:
             is_folder = Path(bundle).is_dir()
             context = ssl.create_default_context(
@@ -193,7 +198,7 @@ class Way:
             )
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or error
-            advice = "REQUESTS_CA_BUNDLE must name a readable file of certificates"
+            advice = "ca_file (or REQUESTS_CA_BUNDLE) must name a readable file of certificates"
             return Finding(FIX, "certificate", f"{bundle} cannot be used ({why}); {advice}")
 
         def shake_hands() -> tuple[str, dict[str, Any]]:
@@ -226,7 +231,7 @@ class Way:
             return f"it is for other names than {self.host}; write the name that it is for into master_url"
         return (
             f"nobody whom this machine trusts has signed it ({error.verify_message}); if it is your own, name its file"
-            " in REQUESTS_CA_BUNDLE; else somebody on the way reads along (a filter, an antivirus, a login page)"
+            " in ca_file; else somebody on the way reads along (a filter, an antivirus, a login page)"
         )
 
     def master(self) -> Finding:
@@ -293,16 +298,24 @@ class Way:
 
     def key(self) -> Finding:
         """Asked with the name of a device that does not exist, so that nothing changes."""
-        has_key = bool(self.settings.api_key)
+        shown = "this device's token" if self.credential.has_token else "this key"
         query = {"device_id": f"doctor-{secrets.token_hex(8)}", "limit": 0, "wait": 0}
         try:
             within(2 * CALL_SECONDS, lambda: self.client.get("/tasks/pull", query, CALL_SECONDS))
         except Refused as error:
             if error.code == "unknown_device":
-                return Finding(OK, "key", "accepted" if has_key else "none is needed")
-            advice = "write the master's api_key into the config file or AF_API_KEY"
+                return Finding(OK, "key", "accepted" if error.key else "none is needed")
+            if error.code == "not_your_device":
+                return Finding(OK, "key", "accepted: a token of this device's own")
+            if error.code == "forbidden":
+                return self._key_of_another_role()
+            if error.status == 401 and self.credential.put_aside(error.key):
+                found = self.key()
+                return found._replace(text=f"the master refuses {shown} ({error.detail}); the api_key: {found.text}")
+            advice = "write a key of the master (best an enroll key) into the config file's api_key or AF_API_KEY"
             if error.status == 401 or error.code == "host_not_allowed":
-                said = "the master refuses this key" if has_key else "the master wants a key, and this device has none"
+                said = "the master wants a key, and this device has none"
+                said = f"the master refuses {shown}" if error.key else said
                 return Finding(FIX, "key", f"{said}; {advice}")
             return Finding(FIX, "key", f"the master refuses: {error}")
         except Busy:
@@ -312,6 +325,17 @@ class Way:
             advice = "check the address in master_url, or try again"
             return Finding(FIX, "key", f"the master's API does not answer ({error}); {advice}")
         return Finding(OK, "key", "accepted")
+
+    def _key_of_another_role(self) -> Finding:
+        """An enroll key may do nothing but register, which happens at the start."""
+        try:
+            role = within(2 * CALL_SECONDS, lambda: self.client.get("/session", {}, CALL_SECONDS)).get("role")
+        except (Refused, Busy, Unreachable, TimeoutError):
+            role = None
+        if role == "enroll":
+            return Finding(OK, "key", "an enroll key: the first start trades it for a token of this device's own")
+        advice = "a device needs an enroll key: python master.py --create-key enroll"
+        return Finding(FIX, "key", f"the master knows it as a key of the role {role}, but {advice}")
 
     def standing(self) -> Optional[Finding]:
         """What the master thinks of this device, where this key may ask."""

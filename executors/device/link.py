@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import random
 import socket
+import ssl
 import threading
 import time
 from types import MappingProxyType
@@ -19,8 +19,9 @@ from typing import Any, Callable, Mapping, Optional, Union
 from urllib.parse import urlencode, urlsplit
 
 import requests
-import requests.adapters
 
+from executors.device.credential import Credential
+from executors.device.trust import MasterAdapter, PlainHttp
 from settings import VERSION, Settings, is_loopback
 
 log = logging.getLogger("worker")
@@ -51,11 +52,11 @@ class Busy(Exception):
 
 
 class Refused(Exception):
-    """The master answered 4xx, with a code and a sentence."""
+    """The master answered 4xx, with a code and a sentence, to a call with that key."""
 
-    def __init__(self, status: int, code: str, detail: str) -> None:
+    def __init__(self, status: int, code: str, detail: str, key: str) -> None:
         super().__init__(f"{status} {code}: {detail}")
-        self.status, self.code, self.detail = status, code, detail
+        self.status, self.code, self.detail, self.key = status, code, detail, key
 
 
 class Link:
@@ -125,55 +126,42 @@ class Link:
             self._changed.notify_all()
 
 
-class CuttableAdapter(requests.adapters.HTTPAdapter):
-    """An HTTP adapter with one connection, whose socket another thread may shut down.
+class CuttableAdapter(MasterAdapter):
+    """An adapter with one connection, whose socket another thread may shut down.
 
     The timeouts of requests count from byte to byte, so a server that drips would hold a call for ever."""
 
     socket: Optional[socket.socket] = None
 
-    def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
-        pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
-        if "ConnectionCls" not in vars(pool):
-            adapter = self
-
-            class Connection(pool.ConnectionCls):
-                def connect(self) -> None:
-                    super().connect()
-                    adapter.socket = self.sock
-                    self.sock.settimeout(STALLED_SECONDS)  # else a send would only have the time of the connect
-
-            pool.ConnectionCls = Connection
-        return pool
+    def connected(self, connection: Any) -> None:
+        super().connected(connection)
+        self.socket = connection
+        connection.settimeout(STALLED_SECONDS)  # else a send would only have the time of the connect
 
 
 class MasterClient:
     """How does one thread call the master? One requests.Session, total deadlines, no redirects, JSON only."""
 
-    def __init__(self, link: Link, settings: Settings) -> None:
+    def __init__(self, link: Link, settings: Settings, credential: Optional[Credential] = None) -> None:
         self.link = link
+        self._credential = credential or Credential(settings.api_key)
         self.url = settings.master_url
         self._lock = threading.Lock()
         self._deadline: Optional[float] = None
         self._cut: str = ""
-        self._adapter = CuttableAdapter(pool_connections=1, pool_maxsize=1)
+        self._adapter = CuttableAdapter(self.url, settings, pool_connections=1, pool_maxsize=1)
         self._session = requests.Session()
         # trust_env would let a ~/.netrc replace our key; proxies and CA bundles of the environment still count, but no
         # proxy stands between a device and a master on the same machine.
         self._session.trust_env = False
         if not is_loopback(urlsplit(self.url).hostname or ""):
             self._session.proxies.update(requests.utils.get_environ_proxies(self.url, no_proxy=None))
-        self._verify: Union[bool, str] = (
-            os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
-        )
-        self._session.verify = self._verify
+        self._session.verify = self._adapter.verify
         self._session.mount("http://", self._adapter)
         self._session.mount("https://", self._adapter)
         self._session.headers.update(
             {"User-Agent": f"af-worker/{VERSION}", "Accept": "application/json", "Accept-Encoding": "identity"}
         )
-        if settings.api_key:
-            self._session.headers["Authorization"] = f"Bearer {settings.api_key}"
         self._blank = self._session.prepare_request(requests.Request("GET", self.url))
         self._api_url = str(self._blank.url).rstrip("/") + API
 
@@ -193,6 +181,9 @@ class MasterClient:
         self, method: str, path: str, seconds: float, content: Any = None, headers: Mapping[str, str] = NO_HEADERS
     ) -> dict[str, Any]:
         self.link.wait_turn()
+        key = self._credential.key
+        if key:
+            headers = {**headers, "Authorization": f"Bearer {key}"}
         with self._lock:
             started = time.monotonic()
             self._deadline, self._cut = started + seconds, ""
@@ -211,7 +202,7 @@ class MasterClient:
                 self._deadline = None
         if cut:
             raise self._unreachable(OSError(cut), seconds)
-        return self._judge(response, bytes(reply), started)
+        return self._judge(response, bytes(reply), started, key)
 
     def _send(
         self, method: str, path: str, content: Any, headers: Mapping[str, str], seconds: float
@@ -223,10 +214,12 @@ class MasterClient:
         request.prepare_body(content, None)
         return self._adapter.send(
             request, stream=True, timeout=(min(CONNECT_SECONDS, seconds), seconds),
-            verify=self._verify, proxies=self._session.proxies,
+            verify=self._adapter.verify, proxies=self._session.proxies,
         )  # fmt: skip
 
     def _unreachable(self, error: Exception, seconds: float) -> Unreachable:
+        if isinstance(error, PlainHttp):
+            return Unreachable(str(error))
         if self._cut:
             return Unreachable(self._cut, was_broken=True, was_cut=self._cut == "stop")
         if isinstance(error, requests.Timeout) and not isinstance(error, requests.ConnectionError):
@@ -234,11 +227,13 @@ class MasterClient:
         cause: Any = error
         while deeper := [part for part in (getattr(cause, "reason", None), *cause.args) if isinstance(part, Exception)]:
             cause = deeper[0]
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return Unreachable(f"its certificate is not trusted here ({cause.verify_message}); --doctor says more")
         never_stood = any(word in repr(error) for word in ("NewConnection", "ConnectTimeout", "NameResolution"))
         why = str(cause).rsplit(": ", 1)[-1].rpartition("] ")[2]  # "... failed: [Errno 111] Connection refused"
         return Unreachable(why[:200], was_broken=not never_stood)
 
-    def _judge(self, response: requests.Response, content: bytes, started: float) -> dict[str, Any]:
+    def _judge(self, response: requests.Response, content: bytes, started: float, key: str) -> dict[str, Any]:
         status, kind = response.status_code, response.headers.get("Content-Type", "")
         try:
             reply = json.loads(content) if kind.partition(";")[0].strip().endswith("json") else None
@@ -254,7 +249,7 @@ class MasterClient:
             return reply
         if status in CANNOT_NOW:
             raise Busy(number(response.headers.get("Retry-After"), 5.0, 0.1, LONGEST_BACKOFF_SECONDS))
-        raise Refused(status, str(reply["code"]), str(reply.get("detail") or reply.get("title") or ""))
+        raise Refused(status, str(reply["code"]), str(reply.get("detail") or reply.get("title") or ""), key)
 
     def cut_if_overdue(self, now: float) -> None:
         self._shut_down("no complete answer in time", lambda deadline: now > deadline)

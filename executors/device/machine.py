@@ -47,6 +47,14 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def make_folder(folder: Path, mode: int = 0o777) -> None:
+    """Make a folder and those above it; their names are durable on return, as what is synced inside has to be."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(mode=mode, exist_ok=True)
+        sync_folder(folder.parent)
+
+
 def boot_clock() -> float:
     """Seconds that also pass while the machine is suspended, where the system has such a clock."""
     if hasattr(time, "CLOCK_BOOTTIME"):

@@ -1,7 +1,8 @@
 """What of a task's words may leave the device?
 
 Only strict JSON that every reader takes, text that UTF-8 can hold, and no secret: the values of the device's
-credentials, its api_key and the password of its proxy become *** wherever they stand. It must not know what a task is.
+credentials, keys of a master and the password of its proxy become *** wherever they stand. It must not know what a task
+is.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ MAX_RESULT_BYTES = 7 * 1024 * 1024
 SHORTEST_SECRET = 6
 HIDDEN = "***"
 
+_KEY = re.compile(r"afk_[0-9]+_[\w-]{16,}")
 _UNSENDABLE = re.compile("[\0\ud800-\udfff]")
 
 
@@ -58,7 +60,7 @@ def _spellings(values: tuple[str, ...]) -> tuple[str, ...]:
 def hide(text: str, secrets: tuple[str, ...]) -> str:
     for secret in secrets:
         text = text.replace(secret, HIDDEN)
-    return text
+    return _KEY.sub(HIDDEN, text) if "afk_" in text else text
 
 
 def hidden(value: Any, secrets: tuple[str, ...]) -> Any:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Container, Iterable, Iterator, Optional, Sequence
 
-from executors.device.machine import sync_file, sync_folder
+from executors.device.machine import make_folder, sync_file, sync_folder
 
 log = logging.getLogger("worker")
 
@@ -50,7 +50,7 @@ class Spool:
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self.folder, self.aside = folder / "spool", folder / "set-aside"
         for path in (self.folder, self.aside):
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_folder(path, mode=0o700)
         self.max_bytes = max_bytes
         self.is_writable = True
         self._segment_bytes = max(4096, min(self.SEGMENT_BYTES, max_bytes // 8))
