@@ -7,7 +7,6 @@ started again by its keeper.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import resource
@@ -21,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import power
 import proxy
 from farm import Master, Program, Worker
 
@@ -53,6 +53,10 @@ WORKER_SETTINGS: dict[str, Any] = {
 }
 
 
+WORKERS = ["shop-1", "shop-2", "shop-3"]
+PRODUCERS = ["producer-1", "producer-2"]
+
+
 class Fault(NamedTuple):
     at: float
     kind: str
@@ -66,6 +70,7 @@ KINDS: dict[str, tuple[str, tuple[float, float]]] = {
     "stop_master":        ("master",    (0.5, 4)),
     "disk_full":          ("master",    (0.5, 2)),
     "clock_step":         ("master",    (0, 0)),
+    "power_cut_master":   ("master",    (0, 0)),
     "kill_worker":        ("worker",    (0, 0)),
     "power_cut_worker":   ("worker",    (0, 0)),
     "stop_worker":        ("worker",    (DEVICE_TIMEOUT + 1.5, DEVICE_TIMEOUT + 3)),
@@ -105,10 +110,6 @@ def make_schedule(
     return schedule
 
 
-WORKERS = ["shop-1", "shop-2", "shop-3"]
-PRODUCERS = ["producer-1", "producer-2"]
-
-
 def signal_all(program: Program, number: int) -> None:
     """To the program and all that it started."""
     with contextlib.suppress(ProcessLookupError):
@@ -118,8 +119,11 @@ def signal_all(program: Program, number: int) -> None:
 class Stage:
     """All programs of one run below one folder, and the faults that were done to them."""
 
-    def __init__(self, folder: Path, seed: int, plant: str = "", *, has_small_disk: bool = False) -> None:
+    def __init__(self, folder: Path, seed: int, plant: str = "", *, has_small_disk: bool = False,
+                 workers: list[str] = WORKERS, is_hasty: bool = False) -> None:  # fmt: skip
+        """`is_hasty`: producers pause less, and tasks take no time."""
         self.folder, self.seed = folder, seed
+        self.worker_names, self.is_hasty = workers, is_hasty
         self.random = random.Random(seed + 1)
         self.witness, self.history = folder / "witness.jsonl", folder / "history.jsonl"
         self.done: list[dict[str, Any]] = []
@@ -127,17 +131,23 @@ class Stage:
         self.is_over, self.is_submitted = threading.Event(), threading.Event()
         self.twins = 0
         self._lock = threading.Lock()
+        self._cutting = threading.Lock()
+        """While a disk is made as a power cut leaves it, nothing else ends its programs or lets them go on."""
         self._keepers: list[threading.Thread] = []
         self.clock = folder / "clock"
         self.clock.write_bytes(struct.pack("d", 0.0))
         self.latest_step = 0.0
-        os.environ.update(TORTURE_CLOCK=str(self.clock), TORTURE_WITNESS=str(self.witness), TORTURE_PLANT=plant,
-                          TORTURE_DURABLE=str(folder / "durable.jsonl"))  # fmt: skip
+        os.environ.update(TORTURE_CLOCK=str(self.clock), TORTURE_WITNESS=str(self.witness), TORTURE_PLANT=plant)
+        self.powers = {name: power.Power(folder / name) for name in ("master", *workers)}
+        if not power.why_not():
+            os.environ.update(power.environment(power.build(folder), *(one.folder for one in self.powers.values())))
         self.is_mounted = has_small_disk
         if has_small_disk:
             (folder / "master").mkdir()
             mount = ["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK_BYTES}", "tmpfs", str(folder / "master")]
             subprocess.run(mount, check=True)
+        for one in self.powers.values():
+            one.watch()
         self.master = Master(folder / "master", LAUNCH, **MASTER_SETTINGS)
         self.proxy = proxy.Proxy(self.master.port, seed)
         self.workers: dict[str, Worker] = {}
@@ -147,7 +157,7 @@ class Stage:
     # -- programs -------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        for name in WORKERS:
+        for name in self.worker_names:
             self.workers[name] = self.new_worker(name, name)
             self._keep(name, self._keep_worker)
         for name in PRODUCERS:
@@ -165,7 +175,8 @@ class Stage:
 
     def start_producer(self, name: str) -> None:
         command = [sys.executable, str(HERE / "producer.py"), self.proxy.add(name), str(self.history), name]
-        self.producers[name] = subprocess.Popen([*command, str(self.random.randrange(2**31))], stdin=subprocess.DEVNULL)
+        more = [str(self.random.randrange(2**31)), *(["hasty"] if self.is_hasty else [])]
+        self.producers[name] = subprocess.Popen([*command, *more], stdin=subprocess.DEVNULL)
 
     def _rest(self, name: str) -> bool:
         """The pause before a restart; False when there is to be none."""
@@ -257,26 +268,35 @@ class Stage:
         self.done.append(facts)
 
     def kill_master(self, fault: Fault) -> None:
-        self.master.process.kill()
+        with self._cutting:
+            self.master.process.kill()
 
     def kill_worker(self, fault: Fault) -> None:
-        self.workers[fault.target].process.kill()
+        with self._cutting:
+            self.workers[fault.target].process.kill()
 
     def kill_producer(self, fault: Fault) -> None:
         self.producers[fault.target].kill()
 
+    def power_cut_master(self, fault: Fault) -> None:
+        """The machine is off: every process of it is gone, and of its files only what was synced is there."""
+        self.cut_power("master", self.master)
+
     def power_cut_worker(self, fault: Fault) -> None:
-        """The machine is off: every process of it is gone, and of its spool only what was synced is there."""
-        worker = self.workers[fault.target]
-        signal_all(worker, signal.SIGSTOP)  # so that its keeper does not start it before the files are cut
-        synced: dict[str, int] = {}
-        with contextlib.suppress(FileNotFoundError):
-            for line in (self.folder / "durable.jsonl").read_text().splitlines():
-                synced.update([(json.loads(line)["path"], json.loads(line)["size"])])
-        for path in (self.folder / fault.target).rglob("*.spool"):
-            with contextlib.suppress(FileNotFoundError):
-                os.truncate(path, min(path.stat().st_size, synced.get(str(path), 0)))
-        signal_all(worker, signal.SIGKILL)
+        self.cut_power(fault.target, self.workers[fault.target])
+
+    def cut_power(self, name: str, program: Program, look: Callable[[], None] = lambda: None) -> bool:
+        """False if it had just ended by itself. `look` is called while its disk is as the cut has left it."""
+        with self._cutting:
+            group = program.process.pid
+            with contextlib.suppress(ProcessLookupError):
+                power.stand_still(group)
+                if program.process.poll() is None:  # else it has just been killed, and is started again any moment
+                    self.powers[name].cut(self.random)
+                    look()
+                    os.killpg(group, signal.SIGKILL)
+                    return True
+        return False
 
     def stop_master(self, fault: Fault) -> None:
         self._pause(self.master, fault.seconds)
@@ -290,18 +310,23 @@ class Stage:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(group, signal.SIGSTOP)
             time.sleep(seconds)
-            os.killpg(group, signal.SIGCONT)
+            with self._cutting:
+                os.killpg(group, signal.SIGCONT)
 
     def disk_full(self, fault: Fault) -> None:
-        """A small disk is filled to the last byte. Any other: the system refuses each write of this process (RLIMIT_FSIZE,
-        set from outside)."""
+        """A small disk is filled to the last byte. Any other: the shim says that it is, or where there is none, the system
+        refuses each write of this process (RLIMIT_FSIZE, set from outside)."""
         if self.is_mounted:
             filler = self.folder / "master" / f"filler-{threading.get_ident()}"
             with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
                 while file.write(bytes(65536)):
                     pass
             time.sleep(fault.seconds)
-            filler.unlink()
+            filler.unlink(missing_ok=True)  # a power cut may have taken it
+            return
+        if not power.why_not():
+            with self.powers["master"].full():
+                time.sleep(fault.seconds)
             return
         pid = self.master.process.pid
         with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -5,8 +5,9 @@ wrapped from outside, so nothing in the product knows of it, and a function that
 
   TORTURE_CLOCK     a file with a double: so many seconds are added to the wall clock of this process (time.time)
   TORTURE_WITNESS   where a worker notes which reports its spool has promised to keep
-  TORTURE_DURABLE   where a worker notes how much of which file it has synced: what a power cut would leave
   TORTURE_PLANT     the name of a mistake, of PLANTS below
+  TORTURE_KILL_AT   a file; when it is there, it names the point, of POINTS below, at which the master kills itself in
+                    the next submit or report
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import signal
 import sqlite3
 import struct
 import sys
@@ -42,18 +44,6 @@ def follow_the_clock() -> None:
     time.time = lambda: real() + struct.unpack("d", offset[:8])[0]
 
 
-def note_what_is_synced() -> None:
-    """Before anything of the worker is imported, which takes the function as it finds it."""
-    sync = os.fdatasync
-
-    def noted(descriptor: int) -> None:
-        sync(descriptor)
-        fact = {"path": str(Path(f"/proc/self/fd/{descriptor}").readlink()), "size": os.fstat(descriptor).st_size}
-        append(os.environ["TORTURE_DURABLE"], json.dumps(fact) + "\n")
-
-    os.fdatasync = noted  # type: ignore[assignment]
-
-
 def note_what_is_spooled(party: str) -> None:
     """When Spool.write returns, its reports must survive everything; the bench holds the worker to it."""
     from witness import note
@@ -68,6 +58,52 @@ def note_what_is_spooled(party: str) -> None:
             note(e="spooled", party=party, assignments=[report.assignment_id for report in reports])
 
     Spool.write = noted  # type: ignore[method-assign]
+
+
+POINTS = ("before_begin", "inside", "before_commit", "after_commit")
+
+
+def kill_at_a_point(file: Path) -> None:
+    """A point of the way of one submit or report through the writer, where the master is killed."""
+    from store import Store
+    from writer import Writer
+
+    write, opened, release = Store.write, Store.open, Writer._release
+    is_meant = False
+
+    def reached(point: str) -> None:
+        if file.exists() and file.read_text() == point:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def marked(self: Store, verb: Callable[..., Any], *args: Any, **more: Any) -> Any:
+        def meant(tx: Any, *args: Any, **more: Any) -> Any:
+            nonlocal is_meant
+            done = verb(tx, *args, **more)
+            reached("inside")
+            is_meant = True
+            return done
+
+        if verb.__name__ not in ("submit", "judge"):
+            return write(self, verb, *args, **more)
+        reached("before_begin")
+        return write(self, meant, *args, **more)
+
+    def traced(self: Store) -> None:
+        opened(self)
+
+        def trace(tx: Any) -> None:  # in the writer's thread, which alone may touch its connection
+            tx.connection.set_trace_callback(
+                lambda sql: reached("before_commit") if sql == "COMMIT" and is_meant else None
+            )
+
+        write(self, trace)
+
+    def released(self: Writer, job: Any) -> None:
+        if is_meant:
+            reached("after_commit")
+        release(self, job)
+
+    Store.write, Store.open, Writer._release = marked, traced, released  # type: ignore
 
 
 # -- the mistakes ---------------------------------------------------------------------------------------------
@@ -146,6 +182,13 @@ def no_unique_index() -> None:
     Store.write, Store.open, db._known_id = looked_up_before, without_index, remembered  # type: ignore
 
 
+def synchronous_normal() -> None:
+    """SQLite syncs at its checkpoints alone: no mistake against kills, but one against power cuts."""
+    import store
+
+    store.PRAGMAS = tuple((name, 1 if name == "synchronous" else value) for name, value in store.PRAGMAS)
+
+
 def expiry_by_wall_clock() -> None:
     """Leases run out by the clock on the wall."""
     from clock import Clock
@@ -171,6 +214,7 @@ PLANTS: dict[str, tuple[str, Callable[[], None]]] = {
     "no_fencing": ("master", no_fencing),
     "reply_before_commit": ("master", reply_before_commit),
     "no_unique_index": ("master", no_unique_index),
+    "synchronous_normal": ("master", synchronous_normal),
     "expiry_by_wall_clock": ("master", expiry_by_wall_clock),
     "no_fsync": ("worker", no_fsync),
     "no_spool": ("worker", no_spool),
@@ -180,13 +224,13 @@ PLANTS: dict[str, tuple[str, Callable[[], None]]] = {
 def main(arguments: list[str]) -> int:
     config = json.loads(Path(arguments[arguments.index("--config") + 1]).read_text())
     mode = config["mode"]
-    if mode == "worker":
-        note_what_is_synced()
-    else:
+    if mode != "worker" and "TORTURE_CLOCK" in os.environ:
         follow_the_clock()
     where, plant = PLANTS.get(os.environ.get("TORTURE_PLANT", ""), ("", lambda: None))
     if where == mode:
         plant()
+    if "TORTURE_KILL_AT" in os.environ:
+        kill_at_a_point(Path(os.environ["TORTURE_KILL_AT"]))
     if mode == "worker":
         note_what_is_spooled(Path(config["state_folder"]).parent.name)
         import worker
