@@ -14,9 +14,10 @@ from executors import app_sync, crawl, data_sync
 from executors.appsflyer.pacing import Pacing
 
 # Files of ten seconds and more. They come first, so that no process of `make test` has one left when the others end.
-LONGEST_FIRST = ("test_dashboard_tasks", "test_device_faults", "test_faults", "test_dashboard_new", "test_dashboard",
-                 "test_worker", "test_isolation", "test_dashboard_story", "test_dashboard_access", "test_deploy", "test_stopped_device",
-                 "test_artifacts", "test_standalone", "test_torture", "test_dashboard_dispatch", "test_dashboard_devices",
+LONGEST_FIRST = ("test_torture", "test_dashboard_tasks", "test_device_faults", "test_faults", "test_dashboard",
+                 "test_worker", "test_isolation", "test_dashboard_story", "test_dashboard_access", "test_backups",
+                 "test_full_disk", "test_tls", "test_deploy", "test_stopped_device", "test_dashboard_new",
+                 "test_artifacts", "test_standalone", "test_dashboard_dispatch", "test_dashboard_devices",
                  "test_dashboard_batches", "test_bench", "test_start", "test_edge")  # fmt: skip
 
 
