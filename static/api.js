@@ -1,13 +1,19 @@
 /* How does the page ask the master? Public API only; the key stays in a cookie that scripts cannot read. */
+import { session } from "./session.js";
+
 export const API = "/api/distribution";
 const PATIENCE_MS = 10000;
 
-/** An answer that is none: `status` 0 when nobody answered; `field` and `detail` as the master wrote them. */
+/** An answer that is none: `status` 0 when nobody answered; `code`, `field` and `detail` as the master wrote them. */
 export class Problem extends Error {
-  constructor(status, detail, field = null) { super(detail); Object.assign(this, { status, field }); }
+  constructor(status, detail, { code = "", field = null } = {}) { super(detail); Object.assign(this, { status, code, field }); }
   /** It is about this question; the master itself is well. */
   get isRefusal() { return this.status >= 400 && this.status <= 500 && ![401, 408, 429].includes(this.status); }
 }
+
+let end = () => {};
+/** Calls `tell` with the problem of each question that was refused because nobody is signed in any more. */
+export function whenSessionEnds(tell) { end = tell; }
 
 let skew = 0;
 /** The master's time in milliseconds: the viewer's clock may be wrong. */
@@ -31,7 +37,9 @@ export async function ask(path, { method = "GET", body, signal } = {}) {
   }
   if (response.headers.get("Date")) setMasterClock(response.headers.get("Date"));
   if (response.ok) return answer;
-  throw new Problem(response.status, answer.detail || answer.title || response.statusText, answer.field ?? null);
+  const problem = new Problem(response.status, answer.detail || answer.title || response.statusText, answer);
+  if (response.status === 401 && path !== "/login") end(problem);
+  throw problem;
 }
 
 /** "?a=1&b=2" of what is set, or "". */
@@ -41,8 +49,8 @@ export function query(values) {
 }
 
 /** The same question for a terminal. The key is never in it. */
-export function curl(path, { method = "GET", body, needsKey = false } = {}) {
+export function curl(path, { method = "GET", body } = {}) {
   const quoted = (text) => `'${text.replace(/'/g, "'\\''")}'`;
-  return ["curl", method === "GET" ? "" : `-X ${method}`, quoted(`${location.origin}${API}${path}`), needsKey ? '-H "Authorization: Bearer YOUR_KEY"' : "",
+  return ["curl", method === "GET" ? "" : `-X ${method}`, quoted(`${location.origin}${API}${path}`), session().key_needed ? '-H "Authorization: Bearer YOUR_KEY"' : "",
     body === undefined ? "" : `-H "Content-Type: application/json" -d ${quoted(JSON.stringify(body))}`].filter(Boolean).join(" ");
 }

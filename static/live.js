@@ -1,14 +1,17 @@
 /* When is what asked again? Every answer on the page is one of these: asked when it appears, when an event says that
    something happened (at most once a second), and every few seconds anyway; not at all while the tab is hidden. */
 import { useEffect, useState } from "./vendor/htm-preact.js";
-import { API, ask } from "./api.js";
+import { API, ask, whenSessionEnds } from "./api.js";
+import { know, session } from "./session.js";
 
+export const SESSION = "/session";
 const EVERY_MS = 5000, AFTER_EVENT_MS = 1000, STREAM_RETRY_MS = 15000, LONGEST_RETRY_MS = 3000, KEPT_MS = 60000;
 
 const answers = new Map();   // path -> {data, problem, at, every, users: Set, dueAt, askedAt, isAsked}
 const watchers = new Set();  // who wants to know how the connection is
 export const connection = { state: "starting", lostAt: null, detail: "", answeredAt: null };
-let failures = 0, isSignedOut = false, timer = 0;
+export let ended = "";  // why the session is over: the code of the refusal, "" where nobody was signed in or somebody left
+let failures = 0, isSignedOut = false, isEntering = false, isDoubted = false, sessions = 0, timer = 0;
 
 function become(state, detail = "") {
   if (connection.state === state && connection.detail === detail) return;
@@ -20,13 +23,14 @@ function become(state, detail = "") {
 const stateNow = () => (isSignedOut ? "signed_out" : failures ? "offline" : connection.answeredAt === null ? "starting" : stream && stream.readyState === EventSource.OPEN ? "live" : "polling");
 
 function entry(path) {
-  if (!answers.has(path)) answers.set(path, { data: null, problem: null, at: null, every: EVERY_MS, users: new Set(), dueAt: 0, askedAt: -Infinity, isAsked: false, leftAt: 0 });
+  if (!answers.has(path)) answers.set(path, { data: null, problem: null, at: null, every: EVERY_MS, users: new Set(), dueAt: 0, askedAt: -Infinity, isAsked: false, leftAt: performance.now() });
   return answers.get(path);
 }
 
 // ---- Asking: each question by itself, so that a slow one holds up no other -------------------------------------------
 async function askOne(path, one, isProbe = false) {
   Object.assign(one, { isAsked: true, askedAt: performance.now(), dueAt: Infinity });
+  const asker = sessions;
   let data = one.data, problem = null;
   try {
     data = await ask(path);
@@ -35,8 +39,11 @@ async function askOne(path, one, isProbe = false) {
   }
   one.isAsked = false;
   one.dueAt = Math.min(one.dueAt, performance.now() + one.every);
-  if (isSignedOut) return;
-  if (problem?.status === 401) { signOut(); return; }
+  if (isSignedOut || asker !== sessions) return;  // it was an answer to somebody else
+  if (problem?.status === 401) return;  // whether the session is over is found out below
+  if (path === SESSION && data) {
+    if (data.role) know(data); else if (!session().role) { signOut(); return; }
+  }
   if (problem && !problem.isRefusal) { lose(problem, isProbe); return; }
   Object.assign(one, { data, problem, at: Date.now() });  // a refusal is of this question; the master itself is well
   if (failures) for (const other of answers.values()) if (other !== one) other.dueAt = 0;  // what they say is from before the loss
@@ -57,7 +64,8 @@ async function round() {
   if (isSignedOut || document.hidden) return;
   const isUnknown = failures > 0 || connection.answeredAt === null, used = [...answers].filter(([, one]) => one.users.size);
   const due = used.filter(([, one]) => !one.isAsked && (isUnknown || one.dueAt <= performance.now() + 50));
-  if (isUnknown && due.length === used.length && due.length) { await askOne(...due[0], true); schedule(); }
+  // Whoever is there may be told without the database, so where there is another question it is that one.
+  if (isUnknown && due.length === used.length && due.length) { await askOne(...(due.find(([path]) => path !== SESSION) || due[0]), true); schedule(); }
   if (isUnknown) return;
   for (const [path, one] of due) askOne(path, one).finally(schedule);
   schedule();
@@ -101,18 +109,36 @@ document.addEventListener("visibilitychange", () => {
 addEventListener("online", () => soon(0));
 
 // ---- Signing in and out ---------------------------------------------------------------------------------------------
-export function signOut() {
+whenSessionEnds(async (problem) => {
+  if (isEntering || isSignedOut || isDoubted) return;
+  isDoubted = true;
+  const said = await ask(SESSION).catch(() => null);  // a question may have been on its way while somebody signed in
+  isDoubted = false;
+  if (said?.role) know(said); else if (said && !isEntering && !isSignedOut) signOut(problem.code);
+});
+/** Nothing that was answered stays. `why`: the code of a refusal; then the view waits for whoever signs in again. */
+export function signOut(why = "") {
   isSignedOut = true;
+  sessions += 1;
+  ended = why;
+  if (!why) know(null);
   hangUp();
   for (const one of answers.values()) Object.assign(one, { data: null, problem: null, dueAt: 0 });
   become("signed_out");
 }
-export function signedIn() {
+/** Who it is comes first: what the view asks and offers depends on it. */
+export async function signedIn() {
+  know(await ask(SESSION));
   isSignedOut = false;
   streamTriedAt = -Infinity;
   connection.answeredAt = null;
   become("starting");
   soon(0);
+}
+/** While `change` makes the master ask for keys and signs in with the first, a refusal in between ends nothing. */
+export async function enterBy(change) {
+  isEntering = true;
+  try { return await change(); } finally { isEntering = false; soon(0); }
 }
 
 // ---- Hooks ----------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 import { html, useEffect, useRef, useState } from "./vendor/htm-preact.js";
 import { ask, curl, now, query } from "./api.js";
 import { connection, soon } from "./live.js";
-import { clock, duration, has, memory, number, t, utc } from "./text.js";
+import { clock, duration, has, number, t, utc } from "./text.js";
 
 export const STATES = ["scheduled", "pending", "assigned", "running", "completed", "failed", "cancelled"];
 export const HELD = ["assigned", "running"], OPEN = ["scheduled", "pending", ...HELD];
@@ -19,7 +19,7 @@ const PATHS = {
 };
 const ALIAS = {
   snoozed: "scheduled", timeout: "scheduled", online: "completed", open: "completed", busy: "running", off: "failed", offline: "failed", closed: "failed",
-  stopped: "cancelled", disabled: "cancelled", full: "conflict",
+  stopped: "cancelled", disabled: "cancelled", ended: "cancelled", full: "conflict",
 };
 
 export const tone = (name) => TONE[name] || "gray";
@@ -61,6 +61,8 @@ export const Card = ({ children, className = "" }) => html`<div class=${`card ${
 export const Empty = ({ children }) => html`<div class="empty">${children}</div>`;
 /** What a question that was refused says; nothing when all is well. */
 export const Refusal = ({ problem }) => (problem ? html`<p class="note red" role="alert">${problem.message}</p>` : null);
+/** In place of what this role may not see or do. */
+export const NotFor = ({ role }) => html`<${Card}><${Empty}><p>${t("not_for", { role: t(`role_${role}`) })}</p></${Empty}></${Card}>`;
 /** Grey bars until the first answer is there: the page does not jump. */
 export const Waiting = ({ lines = 3 }) => html`<div class="waiting" aria-busy="true"><span class="unseen">${t("loading")}</span>${Array.from({ length: lines }, () => html`<i />`)}</div>`;
 
@@ -130,24 +132,24 @@ export async function act(path, { method = "POST", body = {}, done, undo = null,
   }
 }
 /** A button that asks once more before it acts. */
-export function SureButton({ onSure, children, sure, className = "danger", disabled = false }) {
+export function SureButton({ onSure, children, sure, className = "danger", label = null }) {
   const [isArmed, arm] = useState(false);
   useEffect(() => {
     if (!isArmed) return undefined;
     const timer = setTimeout(() => arm(false), 4000);
     return () => clearTimeout(timer);
   }, [isArmed]);
-  return html`<button type="button" class=${isArmed ? `${className} armed` : className} disabled=${disabled}
+  return html`<button type="button" class=${isArmed ? `${className} armed` : className} aria-label=${isArmed ? null : label}
     onClick=${() => { if (isArmed) onSure(); arm(!isArmed); }}>${isArmed ? sure : children}</button>`;
 }
-/** A dialog of the browser's own: focus stays in it, Escape closes it. */
-export function Dialog({ title, onClose, children, className = "" }) {
+/** A dialog of the browser's own: focus stays in it, Escape closes it, and so does a click beside it unless it `isFirm`. */
+export function Dialog({ title, onClose, children, className = "", isFirm = false }) {
   const node = useRef(null);
   useEffect(() => {
     node.current.showModal();
     node.current.querySelector("form :is(input, select, textarea)")?.focus();  // rather than the button that closes it
   }, []);
-  return html`<dialog ref=${node} class=${className} aria-label=${title} onClose=${onClose} onClick=${(event) => event.target === node.current && node.current.close()}>
+  return html`<dialog ref=${node} class=${className} aria-label=${title} onClose=${onClose} onClick=${(event) => !isFirm && event.target === node.current && node.current.close()}>
     <div class="dialog-body"><div class="head"><h2>${title}</h2><button type="button" class="plain" onClick=${() => node.current.close()}>${t("close")}</button></div>${children}</div></dialog>`;
 }
 /** Asks for a reason, then acts; `onReason(reason)` gets "" when none was written. */
@@ -179,11 +181,10 @@ export function Command({ text }) {
 export function CurlButton({ path, method, body }) {
   const [isCopied, copy] = useCopied();
   const [isShown, show] = useState(false);
-  const text = curl(path, { method, body, needsKey: hasKey() });
+  const text = curl(path, { method, body });
   return html`<button type="button" class="plain curl" title=${text} onClick=${() => (navigator.clipboard ? copy(text) : show(true))}>${t(isCopied ? "copied" : "as_curl")}</button>
     ${isShown && html`<${Dialog} title=${t("as_curl")} onClose=${() => show(false)}><${Command} text=${text} /></${Dialog}>`}`;
 }
-export const hasKey = () => memory.get("signed_in") === "yes";
 
 // ---- Going ----------------------------------------------------------------------------------------------------------
 /** The address of a view: link("tasks", 7), link("tasks", null, {status: "failed"}). */

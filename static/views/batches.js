@@ -2,6 +2,7 @@
 import { html, useState } from "../vendor/htm-preact.js";
 import { useLive } from "../live.js";
 import { act, Age, Card, CurlButton, Empty, goWith, link, Moment, Pages, Pill, ReasonDialog, Refusal, Section, STATES, Table, TaskLink, tone, Waiting } from "../parts.js";
+import { may } from "../session.js";
 import { duration, number, percent, t } from "../text.js";
 import { actLong, BulkDialog } from "./bulk.js";
 import { Export } from "./tasks.js";
@@ -37,7 +38,7 @@ export function Batches({ values }) {
       { name: "done", label: t("done_part"), cell: (batch) => percent(totalOf(batch.counts) ? endedOf(batch.counts) / totalOf(batch.counts) : null) },
       { name: "rate", label: t("rate"), cell: (batch) => (batch.rate_per_second ? speed(batch.rate_per_second) : "–") },
       { name: "created", label: t("created"), cell: (batch) => html`<${Moment} at=${batch.created_at} /><span class="small"><${Age} at=${batch.created_at} /></span>` }]} />`
-      : html`<div class="card"><${Empty}><p>${t(values.name ? "no_batch_match" : "no_batches")}</p>${values.name ? html`<p><button type="button" class="plain" onClick=${() => goWith({ name: "" })}>${t("clear")}</button></p>` : html`<p><a href=${link("new")}>${t("nav_new")}</a></p>`}</${Empty}></div>`}
+      : html`<div class="card"><${Empty}><p>${t(values.name ? "no_batch_match" : "no_batches")}</p>${values.name ? html`<p><button type="button" class="plain" onClick=${() => goWith({ name: "" })}>${t("clear")}</button></p>` : may("submitter") && html`<p><a href=${link("new")}>${t("nav_new")}</a></p>`}</${Empty}></div>`}
     ${data && html`<${Pages} next=${data.next_cursor} cursor=${values.cursor} />`}</${Section}>`;
 }
 function NameFilter({ name }) {
@@ -69,7 +70,7 @@ function Actions({ batch, path }) {
   const [asking, ask] = useState(null);
   const change = (verb, reason = "") => act(`${path}/${verb}`, { body: reason ? { reason } : {}, done: t(`batch_${verb}_done`), undo: () => change(verb === "pause" ? "resume" : "pause") });
   const cancel = (reason) => actLong(`${path}/cancel`, reason ? { reason } : {}, ({ changed }) => t("batch_cancel_done", { n: number(changed) }));
-  return html`${batch.state === "open" && html`<button type="button" class="plain" onClick=${() => ask("pause")}>${t("batch_pause")}</button>`}
+  return may("operator") && html`${batch.state === "open" && html`<button type="button" class="plain" onClick=${() => ask("pause")}>${t("batch_pause")}</button>`}
     ${batch.state !== "open" && html`<button type="button" class="main" onClick=${() => change("resume")}>${t("batch_resume")}</button>`}
     ${batch.state !== "cancelled" && html`<button type="button" class="danger" onClick=${() => ask("cancel")}>${t("batch_cancel")}</button>`}
     ${asking && html`<${ReasonDialog} title=${t(`batch_${asking}_title`, { name: batch.name })} help=${t(`batch_${asking}_help`)} button=${t(`batch_${asking}_go`)} onReason=${(reason) => (asking === "pause" ? change("pause", reason) : cancel(reason))} onClose=${() => ask(null)} />`}`;
@@ -79,14 +80,14 @@ function Failures({ batch, path }) {
   const [again, setAgain] = useState(null);
   if (!batch.counts.failed) return null;
   const filterOf = (group) => ({ batch: batch.name, status: "failed", error: group.error_message });
-  return html`<${Section} title=${t("failures")} aside=${html`<div><button type="button" class="plain" onClick=${() => setAgain({ batch: batch.name, status: "failed" })}>${t("requeue_all_failed")}</button><${CurlButton} path=${path} /></div>`}>
+  return html`<${Section} title=${t("failures")} aside=${html`<div>${may("operator") && html`<button type="button" class="plain" onClick=${() => setAgain({ batch: batch.name, status: "failed" })}>${t("requeue_all_failed")}</button>`}<${CurlButton} path=${path} /></div>`}>
     <${Refusal} problem=${problem} />
     ${data?.is_partial && html`<p class="note amber">${t("failures_partial")}</p>`}
     ${!data ? !problem && html`<${Waiting} />` : html`<${Table} label=${t("failures")} rows=${data.groups} keyOf=${(group) => `${group.error_type} ${group.error_message}`} columns=${[
       { name: "count", label: t("count"), cell: (group) => html`<b>${group.is_more ? t("at_least", { n: number(group.n) }) : number(group.n)}</b>` },
       { name: "error", label: t("error"), cell: (group) => html`<span class="message">${group.error_message || t("no_message")}</span>${group.error_type && html`<span class="small">${group.error_type}</span>`}` },
       { name: "example", label: t("newest_example"), cell: (group) => html`<${TaskLink} id=${group.task_id} />` },
-      { name: "do", label: t("task_actions"), cell: (group) => group.error_message && html`<span class="row"><button type="button" class="plain" onClick=${() => setAgain(filterOf(group))}>${t("requeue_group")}</button>
+      { name: "do", label: t("task_actions"), cell: (group) => group.error_message && html`<span class="row">${may("operator") && html`<button type="button" class="plain" onClick=${() => setAgain(filterOf(group))}>${t("requeue_group")}</button>`}
         <a href=${link("tasks", null, filterOf(group))}>${t("its_tasks")}</a></span>` }]} />`}
     ${again && html`<${BulkDialog} action="requeue" filter=${again} onClose=${() => setAgain(null)} />`}</${Section}>`;
 }

@@ -5,6 +5,7 @@ import { Chart, settledPoints } from "../chart.js";
 import { useLive } from "../live.js";
 import { Age, Card, CurlButton, Empty, Facts, link, Moment, Pill, Refusal, Section, Table, TaskLink, Waiting } from "../parts.js";
 import { duration, has, number, t } from "../text.js";
+import { DeviceKey } from "./device_key.js";
 import { DeviceActions, devicePath, isAway, Load, nameOf, rateWords, statusOf, Troubles, troubles } from "./device_parts.js";
 import { EventTable } from "./events.js";
 import { ended } from "./task_table.js";
@@ -24,6 +25,7 @@ export function Device({ id }) {
       ${troubles(device).length > 0 && html`<p class="note amber"><${Troubles} device=${device} /></p>`}
       <${Card} className="pad device-facts"><${Figures} device=${device} stats=${stats} /><${Identity} device=${device} /></${Card}>
     </${Section}>
+    <${DeviceKey} device=${device} />
     <${Charts} path=${path} device=${device} />
     ${stats && html`<${LastHour} path=${path} stats=${stats} />`}
     <div class="two"><${Tasks} id=${id} />${stats && html`<${Failures} failures=${stats.recent_failures} />`}</div>

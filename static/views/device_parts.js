@@ -1,6 +1,7 @@
 /* What can be said of one device, and what can be done with it? The list of devices and the page of one both use it. */
 import { html, useState } from "../vendor/htm-preact.js";
 import { act, Dialog, Field, Meter, Spark, SureButton } from "../parts.js";
+import { may } from "../session.js";
 import { duration, has, number, percent, t } from "../text.js";
 
 const CLOCK_SKEW_SHOWN = 30;  // seconds
@@ -71,6 +72,7 @@ export function DeviceActions({ device, onGone }) {
   const [isOpen, open] = useState(false);
   const isActive = device.wanted === "active" && device.status !== "conflict";
   const label = (words) => `${words}: ${nameOf(device)}`;
+  if (!may("operator")) return null;
   return html`<span class="row">
     <button type="button" class="plain" aria-label=${label(t(isActive ? "drain" : "activate"))} onClick=${() => want(device, isActive ? "draining" : "active")}>${t(isActive ? "drain" : "activate")}</button>
     <button type="button" class="plain" aria-label=${label(t("change"))} aria-haspopup="dialog" onClick=${() => open(true)}>${t("change")}</button>

@@ -3,6 +3,7 @@ import { html, useRef, useState } from "../vendor/htm-preact.js";
 import { query } from "../api.js";
 import { useLive } from "../live.js";
 import { Age, Card, CurlButton, DeviceLink, Empty, goWith, Icon, link, Pill, Refusal, Section, Table, tone, Waiting } from "../parts.js";
+import { may } from "../session.js";
 import { number, t } from "../text.js";
 import { DeviceActions, devicePath, isAway, Load, nameOf, rateWords, STATUSES, statusOf, successRate, Troubles, troubles, Usage } from "./device_parts.js";
 import { AddDevice } from "./first_steps.js";
@@ -26,7 +27,7 @@ function List({ devices, counts, values }) {
   const [isAdding, add] = useState(false);
   const status = values.status === "offline" ? "off" : values.status;
   const path = `/devices${query({ status: ["off", "stopped"].includes(status) ? "offline" : status, task_type: values.task_type, tag: values.tag })}`;
-  const aside = html`<div>${devices.length > 0 && html`<button type="button" id="add-device" class=${isAdding ? "plain" : "main"} aria-expanded=${isAdding} onClick=${() => add(!isAdding)}>${t("add_device")}</button>`}
+  const aside = html`<div>${devices.length > 0 && may("admin") && html`<button type="button" id="add-device" class=${isAdding ? "plain" : "main"} aria-expanded=${isAdding} onClick=${() => add(!isAdding)}>${t("add_device")}</button>`}
     <${CurlButton} path=${path} /></div>`;
   return html`<${Section} title=${t("devices")} aside=${aside}>
       ${(isAdding || devices.length === 0) && html`<${Adding} isFirst=${devices.length === 0} />`}
@@ -101,7 +102,7 @@ const columns = () => [
   { name: "finished", label: t("last_finished"), cell: (device) => html`<${Age} at=${device.last_finished_at} />` },
   { name: "ended", label: t("success"), cell: (device) => html`<span>${rateWords(successRate(device))}<span class="small" title=${t("done_failed_lost")}>${[device.completed_count, device.failed_count, device.lost_count].map((n) => number(n)).join(" / ")}</span></span>` },
   { name: "runs", label: t("runs"), cell: (device) => html`<span><span class="runs">${(device.task_types || []).join(", ")}</span><span class="small">${(device.tags || []).join(", ")}</span></span>` },
-  { name: "do", label: t("actions"), cell: (device) => html`<${DeviceActions} device=${device} />` },
+  may("operator") && { name: "do", label: t("actions"), cell: (device) => html`<${DeviceActions} device=${device} />` },
 ];
 /** The curves of the devices on this page only, once a minute; the figure beside one is as new as the row. */
 function LiveUsage({ device, name }) {

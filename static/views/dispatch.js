@@ -3,6 +3,7 @@ import { html, useRef, useState } from "../vendor/htm-preact.js";
 import { query } from "../api.js";
 import { useLive } from "../live.js";
 import { act, BatchLink, Card, CurlButton, DeviceLink, Empty, goWith, link, OPEN, Pages, Pill, ReasonDialog, Refusal, Section, Table, Waiting } from "../parts.js";
+import { may } from "../session.js";
 import { has, number, sentence, t, why } from "../text.js";
 import { keyWords, Limits, Until } from "./limits.js";
 import { LANES_ASKED, WHY_MS } from "./task_table.js";
@@ -27,7 +28,7 @@ const strategyName = (name) => (has(`strategy_${name}`) ? t(`strategy_${name}`) 
 function Strategy() {
   const { data, problem } = useLive("/strategy");
   return html`<${Section} title=${t("strategy")} aside=${html`<div><${CurlButton} path="/strategy" /></div>`}><${Refusal} problem=${problem} />
-    ${data ? html`<ul class="card choices strategies">${data.available.map((name) => html`<li key=${name} data-strategy=${name}><button type="button" aria-pressed=${name === data.strategy} class=${name === data.strategy ? "main" : "plain"}
+    ${data ? html`<ul class="card choices strategies">${data.available.map((name) => html`<li key=${name} data-strategy=${name}><button type="button" aria-pressed=${name === data.strategy} class=${name === data.strategy ? "main" : "plain"} disabled=${!may("operator")} title=${may("operator") ? null : t("needs_operator")}
       onClick=${() => name !== data.strategy && switchTo(name, data.strategy)}>${strategyName(name)}</button><small class="quiet">${t(has(`about_strategy_${name}`) ? `about_strategy_${name}` : "about_strategy_own")}</small></li>`)}</ul>` : !problem && html`<${Card}><${Waiting} lines=${4} /></${Card}>`}</${Section}>`;
 }
 
@@ -44,6 +45,7 @@ function resume(scope, name, reason) {
 function PauseButton({ scope, name = null, held, className = "plain" }) {
   const [isOpen, open] = useState(false);
   const words = t(held ? "resume" : "pause"), what = pausedName(scope, name);
+  if (!may("operator")) return null;
   return html`<button type="button" class=${held ? "main" : className} aria-label=${`${words}: ${what}`} onClick=${() => (held ? resume(scope, name, held.reason) : open(true))}>${words}</button>
     ${isOpen && html`<${ReasonDialog} title=${t("pause_title", { what })} help=${t("pause_help")} button=${t("pause")} onReason=${(reason) => pause(scope, name, reason)} onClose=${() => open(false)} />`}`;
 }
@@ -60,10 +62,10 @@ function Pauses({ paused }) {
       { name: "type", label: t("task_type"), cell: (type) => html`<span><a href=${link("tasks", null, { task_type: type })}>${type}</a>${heldIn(paused, "type", type) && html` <${Pill} name="paused" /><span class="small">${heldIn(paused, "type", type).reason}</span>`}</span>` },
       { name: "waits", label: t("waits"), cell: (type) => number((counts[type]?.pending || 0) + (counts[type]?.scheduled || 0)) },
       { name: "held", label: t("on_devices"), cell: (type) => number((counts[type]?.assigned || 0) + (counts[type]?.running || 0)) },
-      { name: "do", label: t("actions"), cell: (type) => html`<${PauseButton} scope="type" name=${type} held=${heldIn(paused, "type", type)} />` }]} />` : html`<${Card}><${Empty}><p>${t("no_open_types")}</p></${Empty}></${Card}>`)}
+      may("operator") && { name: "do", label: t("actions"), cell: (type) => html`<${PauseButton} scope="type" name=${type} held=${heldIn(paused, "type", type)} />` }]} />` : html`<${Card}><${Empty}><p>${t("no_open_types")}</p></${Empty}></${Card}>`)}
     ${others.length > 0 && html`<${Table} label=${t("paused_batches")} rows=${others} keyOf=${(one) => one.name} columns=${[
       { name: "batch", label: t("batch"), cell: (one) => html`<span><${BatchLink} name=${one.name} /> <${Pill} name="paused" /><span class="small">${one.reason}</span></span>` },
-      { name: "do", label: t("actions"), cell: (one) => html`<${PauseButton} scope="batch" name=${one.name} held=${one} />` }]} />`}</${Section}>`;
+      may("operator") && { name: "do", label: t("actions"), cell: (one) => html`<${PauseButton} scope="batch" name=${one.name} held=${one} />` }]} />`}</${Section}>`;
 }
 
 // ---- Lanes ----------------------------------------------------------------------------------------------------------
@@ -79,7 +81,7 @@ function Lanes({ values, limits, paused }) {
       { name: "waits", label: t("waits"), cell: (lane) => number(lane.waiting) },
       { name: "priority", label: t("top_priority"), cell: (lane) => (lane.waiting ? number(lane.top_priority) : "–") },
       { name: "why", label: t("why"), cell: (lane) => html`<${Why} key=${lane.id} lane=${lane} limits=${limits} paused=${paused} isFirst=${data.lanes.indexOf(lane) < LANES_ASKED} />` },
-      { name: "do", label: t("actions"), cell: (lane) => html`<${PauseButton} scope="lane" name=${String(lane.id)} held=${lane.paused ? { reason: lane.paused_reason } : null} />` }]} />`}
+      may("operator") && { name: "do", label: t("actions"), cell: (lane) => html`<${PauseButton} scope="lane" name=${String(lane.id)} held=${lane.paused ? { reason: lane.paused_reason } : null} />` }]} />`}
     ${!data && !problem && html`<${Card}><${Waiting} lines=${4} /></${Card}>`}
     <${Pages} next=${data?.next_cursor} cursor=${values.cursor} /></${Section}>`;
 }

@@ -6,8 +6,8 @@ import { BatchLink, CurlButton, DeviceLink, Empty, Field, goWith, Moment, Pages,
 import { has, number, t } from "../text.js";
 
 const KINDS = ["device", "task", "batch", "system", "access"];
-const BAD = ["release", "timeout", "poison", "device_offline", "device_conflict", "limit_closed", "login_failed"], GOOD = ["device_registered", "device_online", "batch_open", "resumed", "lane_resumed", "limit_opened"];
-const OTHERS = ["device_stopped", "device_wanted", "device_renamed", "device_removed", "batch_paused", "batch_cancelled", "paused", "lane_paused", "limits", "strategy", "bulk_cancel", "bulk_requeue", "clock_moved", "master_started", "master_stopped", "login"];
+const BAD = ["release", "timeout", "poison", "device_offline", "device_conflict", "limit_closed", "login_failed", "device_revoked", "backup_failed", "deletion_waits"], GOOD = ["device_registered", "device_online", "batch_open", "resumed", "lane_resumed", "limit_opened", "backup"];
+const OTHERS = ["device_stopped", "device_wanted", "device_renamed", "device_removed", "batch_paused", "batch_cancelled", "paused", "lane_paused", "limits", "strategy", "bulk_cancel", "bulk_requeue", "clock_moved", "master_started", "master_stopped", "restored", "login"];
 const SHOWN_APART = ["verb", "task", "device", "device_id", "batch", "count", "first_task", "last_task"];
 
 export function Events({ values }) {

@@ -1,7 +1,8 @@
 /* How full is every limit, when does it open again, and how is it changed? Part of the dispatch view. */
 import { html, useState } from "../vendor/htm-preact.js";
 import { curl, now } from "../api.js";
-import { act, Card, Command, CurlButton, Dialog, Empty, Field, hasKey, Meter, Pill, Refusal, Section, SureButton, Table, useTick, Waiting } from "../parts.js";
+import { act, Card, Command, CurlButton, Dialog, Empty, Field, Meter, Pill, Refusal, Section, SureButton, Table, useTick, Waiting } from "../parts.js";
+import { may } from "../session.js";
 import { clock, duration, number, t, utc } from "../text.js";
 
 const KEYS_SHOWN = 10;
@@ -23,11 +24,11 @@ const put = (wanted, before, { done = t("limits_set"), refused = null } = {}) =>
 export function Limits({ data, at, problem }) {
   const [edited, edit] = useState(null);  // {n} of the list, its length for a new one, {isJson}
   const limits = data?.limits || [], before = limits.map(bare);
-  const aside = html`<div>${data && html`<button type="button" class="plain" onClick=${() => edit({ n: limits.length })}>${t("add_limit")}</button><button type="button" class="plain" onClick=${() => edit({ isJson: true })}>${t("edit_json")}</button>`}<${CurlButton} path="/limits" /></div>`;
+  const aside = html`<div>${data && may("operator") && html`<button type="button" class="plain" onClick=${() => edit({ n: limits.length })}>${t("add_limit")}</button><button type="button" class="plain" onClick=${() => edit({ isJson: true })}>${t("edit_json")}</button>`}<${CurlButton} path="/limits" /></div>`;
   return html`<${Section} title=${t("limits")} aside=${aside}><${Refusal} problem=${problem} />
     ${!data && !problem && html`<${Card}><${Waiting} lines=${4} /></${Card}>`}
     ${data?.moving > 0 && html`<p class="note amber">${t("limits_moving", { n: number(data.moving) })}</p>`}
-    ${data && limits.length === 0 && html`<${Card}><${Empty}><p>${t("no_limits")}</p><${Command} text=${curl("/limits", { method: "PUT", body: { limits: EXAMPLE }, needsKey: hasKey() })} /><p>${t("no_limits_config")}</p><pre tabindex="0">${JSON.stringify({ limits: EXAMPLE }, null, 2)}</pre></${Empty}></${Card}>`}
+    ${data && limits.length === 0 && html`<${Card}><${Empty}><p>${t("no_limits")}</p>${may("operator") && html`<${Command} text=${curl("/limits", { method: "PUT", body: { limits: EXAMPLE } })} />`}<p>${t("no_limits_config")}</p><pre tabindex="0">${JSON.stringify({ limits: EXAMPLE }, null, 2)}</pre></${Empty}></${Card}>`}
     <div class="limits">${limits.map((limit, n) => html`<${Limit} key=${limit.name} limit=${limit} at=${at} onEdit=${() => edit({ n })} onRemove=${() => put(before.filter((_, i) => i !== n), before, { done: t("limit_removed", { name: limit.name }) })} />`)}</div>
     ${edited && (edited.isJson ? html`<${JsonDialog} before=${before} onClose=${() => edit(null)} />` : html`<${LimitDialog} before=${before} n=${edited.n} onClose=${() => edit(null)} />`)}</${Section}>`;
 }
@@ -38,8 +39,8 @@ function Limit({ limit, at, onEdit, onRemove }) {
   const about = [limit.max_running && t("at_once", { n: number(limit.max_running) }), limit.max_starts && t("starts_in", { n: number(limit.max_starts), age: duration(limit.window_seconds, true) }), limit.max_starts_per_day && t("starts_a_day", { n: number(limit.max_starts_per_day) })].filter(Boolean);
   const keys = isWhole ? limit.keys : limit.keys.slice(0, KEYS_SHOWN);
   return html`<div class="card limit" data-limit=${limit.name}><div class="head"><h3>${limit.name}</h3><div>
-      ${closed > 1 && html`<button type="button" class="plain" onClick=${() => openAgain(limit.name)}>${t("open_all", { n: number(closed) })}</button>`}
-      <button type="button" class="plain" aria-label=${`${t("edit")}: ${limit.name}`} onClick=${onEdit}>${t("edit")}</button><${SureButton} sure=${t("remove_limit_sure")} onSure=${onRemove}>${t("remove_limit")}</${SureButton}></div></div>
+      ${may("operator") && html`${closed > 1 && html`<button type="button" class="plain" onClick=${() => openAgain(limit.name)}>${t("open_all", { n: number(closed) })}</button>`}
+      <button type="button" class="plain" aria-label=${`${t("edit")}: ${limit.name}`} onClick=${onEdit}>${t("edit")}</button><${SureButton} sure=${t("remove_limit_sure")} onSure=${onRemove}>${t("remove_limit")}</${SureButton}>`}</div></div>
     <p class="quiet">${t("limit_types", { types: limit.task_type === "*" ? t("all_types") : limit.task_type })} · ${limit.key.length ? t("for_each", { key: limit.key.join(" + ") }) : t("all_together")} · ${about.join(" · ") || t("only_turns")}</p>
     ${limit.keys.length === 0 ? html`<p class="quiet">${t("limit_idle")}</p>` : html`<${Table} label=${limit.name} rows=${keys} keyOf=${(key) => JSON.stringify(key.value)} columns=${[
       { name: "value", label: limit.key.join(" + ") || t("all_together"), cell: (key) => html`<b>${keyWords(key.value)}</b>` },
@@ -47,7 +48,7 @@ function Limit({ limit, at, onEdit, onRemove }) {
       { name: "runs", label: t("running"), cell: (key) => html`<${Gauge} n=${key.running} most=${limit.max_running} label=${t("running")} />` },
       limit.max_starts && { name: "starts", label: t("starts_now"), cell: (key) => html`<${Gauge} n=${key.starts_in_window} most=${limit.max_starts} label=${t("starts_now")} />` },
       limit.max_starts_per_day && { name: "today", label: t("starts_today"), cell: (key) => html`<${Gauge} n=${key.starts_today} most=${limit.max_starts_per_day} label=${t("starts_today")} />` },
-      limit.keys.some((key) => key.held_by === "closed") && { name: "do", label: t("actions"), cell: (key) => key.held_by === "closed" && html`<button type="button" class="plain" aria-label=${`${t("open_now")}: ${keyWords(key.value)}`} onClick=${() => openAgain(limit.name, key.value)}>${t("open_now")}</button>` }]} />`}
+      may("operator") && limit.keys.some((key) => key.held_by === "closed") && { name: "do", label: t("actions"), cell: (key) => key.held_by === "closed" && html`<button type="button" class="plain" aria-label=${`${t("open_now")}: ${keyWords(key.value)}`} onClick=${() => openAgain(limit.name, key.value)}>${t("open_now")}</button>` }]} />`}
     ${!isWhole && limit.keys.length > KEYS_SHOWN && html`<p><button type="button" class="plain" onClick=${() => show(true)}>${t("all_keys", { n: number(limit.keys.length) })}</button></p>`}</div>`;
 }
 const Gauge = ({ n, most, label }) => (most ? html`<${Meter} part=${n / most} label=${label} words=${t("of", { n: number(n), limit: number(most) })} level=${n >= most ? "amber" : ""} />` : html`<span>${number(n)}</span>`);

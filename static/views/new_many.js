@@ -2,7 +2,7 @@
 import { html, useEffect, useMemo, useRef, useState } from "../vendor/htm-preact.js";
 import { curl } from "../api.js";
 import { soon } from "../live.js";
-import { Command, Field, hasKey, link, Meter, Table } from "../parts.js";
+import { Command, Field, link, Meter, Table } from "../parts.js";
 import { bytes, number, percent, t } from "../text.js";
 import { prepared, rehearse, submit } from "./submission.js";
 import { readTasks } from "./read_tasks.js";
@@ -55,8 +55,8 @@ export function ManyTasks() {
 }
 const quoted = (text) => (/^[\w.-]+$/.test(text) ? text : `'${text.replace(/'/g, "'\\''")}'`);
 const commandOf = (name, batch) => `python main.py submit ${quoted(name || "tasks.jsonl")}${batch ? ` --batch ${quoted(batch)}` : ""}`;
-const curlOf = (lines, n) => (n <= lines.length ? curl("/tasks", { method: "POST", body: lines.map((one) => one.task), needsKey: hasKey() })
-  : `${curl("/tasks", { method: "POST", needsKey: hasKey() })} -H "Content-Type: application/json" --data-binary @tasks.json`);
+const curlOf = (lines, n) => (n <= lines.length ? curl("/tasks", { method: "POST", body: lines.map((one) => one.task) })
+  : `${curl("/tasks", { method: "POST" })} -H "Content-Type: application/json" --data-binary @tasks.json`);
 
 function Source({ source, take, open, isBusy }) {
   const [isOver, over] = useState(false), timer = useRef(0), [typed, type] = useState(null);

@@ -3,6 +3,7 @@ import { html, useEffect, useRef, useState } from "../vendor/htm-preact.js";
 import { ask } from "../api.js";
 import { soon } from "../live.js";
 import { act, CurlButton, Field, link, Refusal, said, Waiting } from "../parts.js";
+import { may } from "../session.js";
 import { has, t } from "../text.js";
 import { taskOf, textsOf } from "./task_form.js";
 import { fieldsOf, TYPES } from "./task_types.js";
@@ -41,7 +42,7 @@ function TaskForm({ texts, setTexts, from, types }) {
     setBusy(true);
     try {
       const { id, created } = await ask("/tasks", { method: "POST", body: task });
-      said(t(created ? "submitted_one" : "already_there", { id }), created ? () => act(`/tasks/${id}/cancel`, { done: t("cancelled_now") }) : null);
+      said(t(created ? "submitted_one" : "already_there", { id }), created && may("operator") ? () => act(`/tasks/${id}/cancel`, { done: t("cancelled_now") }) : null);
       soon(0);
       location.hash = link("tasks", id);
     } catch (error) {

@@ -2,7 +2,9 @@
 import { html } from "../vendor/htm-preact.js";
 import { useLive } from "../live.js";
 import { Card, CurlButton, Facts, Moment, Refusal, Section, Table, Waiting } from "../parts.js";
+import { may } from "../session.js";
 import { bytes, duration, number, t } from "../text.js";
+import { Backups } from "./backups.js";
 
 const PATH = "/system";
 const milliseconds = (latency) => (latency && latency.p50 !== null ? t("percentiles", { p50: number(latency.p50, 1), p95: number(latency.p95, 1), p99: number(latency.p99, 1) }) : null);
@@ -21,6 +23,7 @@ export function System() {
     <${Section} title=${t("writer")}><${Card} className="pad"><${Facts} facts=${[
       [t("writer_queue"), t("of", { n: number(writer.queue), limit: number(writer.max_queue) })], [t("commits"), number(writer.commits)], [t("mean_batch"), number(writer.mean_batch, 1)], [t("commit_time"), milliseconds(writer.commit_ms)],
       [t("requests"), number(http.requests)], [t("request_time"), milliseconds(http.request_ms)], [t("held_polls"), number(http.held_polls)], [t("streams"), number(http.streams)]]} /></${Card}></${Section}></div>
+    ${may("operator") && html`<${Backups} />`}
     <${Section} title=${t("retention")}><${Card} className="pad"><${Facts} facts=${[
       ...Object.entries(system.retention.settings || {}).map(([name, value]) => [name, String(value)]),
       [t("last_run"), system.retention.last_run_at ? html`<${Moment} at=${system.retention.last_run_at} />` : null], [t("last_deleted"), system.retention.deleted === null ? null : JSON.stringify(system.retention.deleted)]]} /></${Card}></${Section}>

@@ -3,6 +3,7 @@ import { html } from "../vendor/htm-preact.js";
 import { API } from "../api.js";
 import { useLive } from "../live.js";
 import { act, BatchLink, Card, CurlButton, DeviceLink, Facts, HELD, Json, link, Meter, Moment, OPEN, Pill, Refusal, Section, SureButton, Table, TaskLink, Waiting } from "../parts.js";
+import { may } from "../session.js";
 import { bytes, duration, number, sentence, t, why } from "../text.js";
 import { Attempts, isOpen, Progress } from "./attempts.js";
 import { StateMachine } from "./state_machine.js";
@@ -41,9 +42,9 @@ function Standing({ task }) {
 function Actions({ task, path }) {
   const cancel = () => act(`${path}/cancel`, { done: t("cancelled_now"), undo: requeue });
   const requeue = () => act(`${path}/requeue`, { done: t("requeued_now"), undo: cancel });
-  return html`${OPEN.includes(task.status) && html`<${SureButton} key="cancel" onSure=${cancel} sure=${t("cancel_sure")}>${t("cancel")}</${SureButton}>`}
-    ${["failed", "cancelled"].includes(task.status) && html`<button key="requeue" type="button" class="main" onClick=${requeue}>${t("requeue")}</button>`}
-    <a class="button plain" href=${link("new", null, { from: task.id })}>${t("requeue_edited")}</a>`;
+  return html`${may("operator") && OPEN.includes(task.status) && html`<${SureButton} key="cancel" onSure=${cancel} sure=${t("cancel_sure")}>${t("cancel")}</${SureButton}>`}
+    ${may("operator") && ["failed", "cancelled"].includes(task.status) && html`<button key="requeue" type="button" class="main" onClick=${requeue}>${t("requeue")}</button>`}
+    ${may("submitter") && html`<a class="button plain" href=${link("new", null, { from: task.id })}>${t("requeue_edited")}</a>`}`;
 }
 function TaskFacts({ task }) {
   const moment = (at) => at && html`<${Moment} at=${at} />`;

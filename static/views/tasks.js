@@ -3,6 +3,7 @@ import { html, useEffect, useRef, useState } from "../vendor/htm-preact.js";
 import { API, query } from "../api.js";
 import { useLive } from "../live.js";
 import { CurlButton, Empty, goWith, Icon, Pages, Refusal, Section, STATES, tone, Waiting } from "../parts.js";
+import { may } from "../session.js";
 import { number, t } from "../text.js";
 import { actOnEach, BulkDialog } from "./bulk.js";
 import { FirstTask } from "./first_steps.js";
@@ -28,13 +29,13 @@ export function Tasks({ values }) {
         <button type="button" class="danger" onClick=${() => { actOnEach([...chosen], "cancel"); choose(new Set()); }}>${t("cancel_these")}</button>
         <button type="button" class="plain" onClick=${() => { actOnEach([...chosen], "requeue"); choose(new Set()); }}>${t("requeue_these")}</button>
         <button type="button" class="plain" onClick=${() => choose(new Set())}>${t("choose_none")}</button>`
-      : tasks.length > 0 && html`<span class="quiet">${t(isFiltered ? "all_matching" : "all_tasks_listed")}</span>
+      : tasks.length > 0 && may("operator") && html`<span class="quiet">${t(isFiltered ? "all_matching" : "all_tasks_listed")}</span>
         <button type="button" class="plain" onClick=${() => openBulk("cancel")}>${t("bulk_cancel")}</button>
         <button type="button" class="plain" onClick=${() => openBulk("requeue")}>${t("bulk_requeue")}</button>`}
       <span class="quiet newer" role="status">${newer > 0 && t("newer", { n: number(newer) })}</span></div>
     <${Refusal} problem=${problem} />
     ${!data ? !problem && html`<${Waiting} lines=${8} />` : tasks.length > 0 ? html`<div onPointerEnter=${hold(true)} onPointerLeave=${hold(false)}>
-        <${TaskTable} tasks=${tasks} label=${t("nav_tasks")} chosen=${(task) => chosen.has(task.id)} first=${checks(tasks, chosen, choose)} /></div>`
+        <${TaskTable} tasks=${tasks} label=${t("nav_tasks")} chosen=${(task) => chosen.has(task.id)} first=${may("operator") && checks(tasks, chosen, choose)} /></div>`
       : data.partial || values.cursor ? null : !problem && html`<div class="card">${isFiltered ? html`<${Empty}><p>${t("no_match")}</p><p><button type="button" class="plain" onClick=${clear}>${t("clear")}</button></p></${Empty}>` : html`<${FirstTask} />`}</div>`}
     ${data?.partial && html`<p class="note amber" role="status">${t("partial")}</p>`}
     ${data && !tasks.length && values.cursor && !data.partial && html`<p class="quiet">${t("no_more")}</p>`}

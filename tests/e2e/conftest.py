@@ -83,6 +83,10 @@ class Tab:
     def _complain(self, text: str) -> None:
         self.complaints.append(text)
 
+    def sign_in(self, url: str, cookies: dict[str, str]) -> None:
+        """As somebody whose browser has these cookies of that master."""
+        self.context.add_cookies([{"name": name, "value": value, "url": url} for name, value in cookies.items()])
+
     def close(self) -> None:
         own = urlsplit(self.page.url).netloc
         self.context.close()
@@ -107,6 +111,22 @@ class Tab:
         assert asked == {own}, "the page asked somebody else"
 
 
+@pytest.fixture(scope="module")
+def stay(chromium: Any) -> Iterator[Callable[..., Tab]]:
+    """Opens a tab that stays until the end of the file."""
+    tabs: list[Tab] = []
+
+    def open_one(*, forgive: tuple[str, ...] = ()) -> Tab:
+        tab = Tab(chromium)
+        tab.forgiven = forgive
+        tabs.append(tab)
+        return tab
+
+    yield open_one
+    for tab in tabs:
+        tab.close()
+
+
 @pytest.fixture(scope="session")
 def free_tabs() -> list[Tab]:
     """Emptied ones: to open a new one costs as much as most tests do with it."""
@@ -117,12 +137,21 @@ def free_tabs() -> list[Tab]:
 def open_tab(chromium: Any, free_tabs: list[Tab]) -> Iterator[Callable[..., Tab]]:
     tabs: list[tuple[Tab, bool]] = []
 
-    def open_one(url: str, *, forgive: tuple[str, ...] = (), own: bool = False, **options: Any) -> Tab:
+    def open_one(
+        url: str,
+        *,
+        forgive: tuple[str, ...] = (),
+        own: bool = False,
+        cookies: dict[str, str] | None = None,
+        **options: Any,
+    ) -> Tab:
         """`own` is for a test that changes the page itself: its size, clock, permissions, routes or listeners."""
         own = own or bool(options) or url == "about:blank"
         tab = free_tabs.pop() if free_tabs and not own else Tab(chromium, **options)
         tab.forgiven = forgive
         tabs.append((tab, own))
+        if cookies:
+            tab.sign_in(url, cookies)
         tab.page.goto(url)
         return tab
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 HOSTILE = '<img src=x onerror="window.pwned=1"><script>window.pwned=1</script>\'"&lt;b&gt;'
-VIEWS = ("overview", "tasks", "batches", "devices", "dispatch", "events", "system", "new")
+VIEWS = ("overview", "tasks", "batches", "devices", "dispatch", "events", "system", "access", "new")
 
 
 class Day(NamedTuple):

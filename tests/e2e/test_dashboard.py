@@ -268,6 +268,25 @@ def test_a_question_that_nobody_answers_holds_up_no_other(day, open_tab):
     assert given_up == []
 
 
+def test_a_view_that_opens_while_others_are_asked_is_asked_itself(day, open_tab):
+    """What nobody looks at is forgotten after a minute; a question that is new has nobody for a moment, too."""
+    tab = open_tab("about:blank")
+    tab.context.add_init_script(
+        "const now = performance.now.bind(performance); performance.now = () => now() + 120000;"
+    )
+    page = tab.page
+    page.goto(day.url)
+    expect(tile(page, "all")).to_have_text("7")
+    page.evaluate(
+        """async () => {
+          const live = await import("/static/live.js");
+          new MutationObserver(() => live.soon(0)).observe(document.getElementById("main"), { childList: true });
+        }"""
+    )
+    page.get_by_role("navigation").get_by_role("link", name="Batches").click()
+    expect(page.get_by_role("link", name="day", exact=True)).to_be_visible()
+
+
 def test_the_whole_dashboard_is_small_and_has_no_inline_script(day):
     session, sent = day.master.session, 0
     paths = [path for path in sorted(STATIC.rglob("*")) if path.suffix in (".js", ".css", ".svg", ".html")]
