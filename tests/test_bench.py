@@ -28,6 +28,7 @@ def bench(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=110)
 
 
+@pytest.mark.slow
 def test_every_figure_is_printed_and_no_process_or_file_stays_behind(tmp_path: Path) -> None:
     done = bench(tmp_path, "--runs", "1", "--tasks", "50", "--slots", "4", "--latencies", "2", "--no-peers")
     assert done.returncode == 0, done.stderr
@@ -53,6 +54,7 @@ def test_a_count_below_one_is_refused(tmp_path: Path, wrong: str) -> None:
     assert "at least 1" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_profile_accounts_for_every_step_of_a_task(tmp_path: Path) -> None:
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     command = [sys.executable, str(ROOT / "bench" / "profile.py"), "--tasks", "200", "--slots", "4"]
