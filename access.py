@@ -1,10 +1,11 @@
 """Who may ask? Keys, sessions, hosts, origins, and how much of a body is read; on a WSGI environ, without a framework.
 
-No key is needed only while none is configured, no admin key was made, and the master listens on loopback. Else a
-request carries a key as `Authorization: Bearer KEY` or `X-API-Key: KEY`, or a browser's session cookie. A cookie is
-signed with a key derived from the key that it was traded for: it lives seven days, survives a restart, and ends with
-that key. Each key has a role. A viewer looks, a submitter submits, too, an operator acts, too, an admin may do all; a
-device may speak for itself and nothing else, and an enroll key may register devices and nothing else.
+No key is needed only while none is configured, no admin key was ever made, and the master listens on loopback. Else a
+request carries a key as `Authorization: Bearer KEY` or `X-API-Key: KEY`, or a browser's session cookie, which no route
+for devices takes. A cookie is signed with a key derived from the key that it was traded for and from a secret beside
+the database: it lives seven days, survives a restart, and ends with that key. Each key has a role. A viewer looks, a
+submitter submits, too, an operator acts, too, an admin may do all; a device may speak for itself and nothing else, and
+an enroll key may register devices and nothing else.
 
 What a browser can be tricked into (another site's page, a name that suddenly points here) is refused by Host, Origin
 and Sec-Fetch-Site. A request with the right key in its header is past that: no strange page can send it.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import functools
 import hmac
 import ipaddress
+import os
 import re
 import secrets
 import socket
@@ -24,6 +26,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 
@@ -37,6 +40,7 @@ PUBLIC = "public"  # the role of what needs no key: the login, the health checks
 
 COOKIE = "af_session"
 SESSION_SECONDS = 7 * 86_400
+SECRET_BYTES = 32
 FAILURES_PER_MINUTE = 10
 PEERS_REMEMBERED = 4_096
 PIECE_BYTES = 256 * 1024
@@ -108,15 +112,34 @@ def holders(role: str) -> frozenset[str]:
     return frozenset(found)
 
 
+def _is_for_people(role: str) -> bool:
+    return any(one in LADDER for one in role.split(", "))
+
+
+def session_secret(database: Path) -> bytes:
+    """Random bytes in a file beside the database, which no backup has: who reads one cannot sign a session. Made where
+    it is missing, and then all sessions end."""
+    path = database.with_name(f"{database.name}.sessions")
+    found = path.read_bytes() if path.exists() else b""
+    if len(found) == SECRET_BYTES:
+        return found
+    made = secrets.token_bytes(SECRET_BYTES)
+    path.unlink(missing_ok=True)
+    with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o600), "wb") as file:
+        file.write(made)
+    return made
+
+
 class Access:
-    """The rules, for one configuration. `clock` counts seconds, `wall` is the time of day (for the end of keys and
-    sessions)."""
+    """The rules, for one configuration. `secret` (`session_secret`) is in each session's signature; `clock` counts
+    seconds, `wall` is the time of day (for the end of keys and sessions)."""
 
     def __init__(
         self,
         settings: Settings,
         keys: Keys | None = None,
         *,
+        secret: bytes = b"",
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
@@ -124,12 +147,13 @@ class Access:
         self._may_be_open = not settings.api_key and not is_for_others(settings)
         self._hosts = _allowed_names(settings)
         self._failures = Failures(clock)
+        self._secret = secret
         self._wall = wall
 
     @property
     def is_open(self) -> bool:
-        """No key is needed: nobody has made one yet, and only this machine can ask."""
-        return self._may_be_open and not self.keys.has_admin
+        """No key is needed: nobody ever made one, and only this machine can ask."""
+        return self._may_be_open and not self.keys.are_wanted
 
     def check(self, environ: Environ, role: str) -> Who:
         """Let the request in and say who it is, or raise Refused (400, 401, 403, 429)."""
@@ -146,12 +170,25 @@ class Access:
             self.keys.note_use(key, now, who.address)
         if who.role not in allowed and role != PUBLIC:
             raise Refused(403, "forbidden", _forbidden(who, role), who=who)
+        if who.by == "session" and role != PUBLIC and not _is_for_people(role):
+            text = "Only a device does this, with its key in a header: a browser's session is for what people do."
+            raise Refused(403, "forbidden", text, who=who)
         return who
 
     def is_in_force(self, who: Who) -> bool:
         """Whether somebody who was let in would be let in still."""
-        key = None if who.key_id is None else self.keys.get(who.key_id)
-        return self.is_open if key is None else not key.has_ended(self._wall())
+        if who.by == "public":
+            return True
+        if who.key_id is None:
+            return self.is_open
+        key = self.keys.get(who.key_id)
+        return key is not None and not key.has_ended(self._wall())
+
+    def require_in_force(self, who: Who) -> None:
+        """Once a body that took its time is here; raises Refused (401)."""
+        if not self.is_in_force(who):
+            key = None if who.key_id is None else self.keys.get(who.key_id)
+            raise _unauthorized("A key is needed by now.") if key is None else _ended(key, who)
 
     def _right_one(self, sent: list[bytes], now: float) -> Key | None:
         """The first key that is in force, else one that was once."""
@@ -202,7 +239,7 @@ class Access:
             raise Refused(403, "forbidden", text)
         self.keys.note_use(key, self._wall(), str(environ.get("REMOTE_ADDR", "")))
         signed = f"{int(self._wall()) + SESSION_SECONDS}.{secrets.token_hex(8)}.{key.id}"
-        return self._who(key, environ, "key"), _cookie(environ, f"{signed}.{_sign(key, signed)}", SESSION_SECONDS)
+        return self._who(key, environ, "key"), _cookie(environ, f"{signed}.{self._sign(key, signed)}", SESSION_SECONDS)
 
     def log_out(self, environ: Environ) -> str:
         """The Set-Cookie header that makes the browser forget its session."""
@@ -224,10 +261,14 @@ class Access:
             key = self.keys.get(int(said[2])) if said else None
             if said is None or key is None:
                 continue
-            is_ours = hmac.compare_digest(_sign(key, signed).encode(), signature.encode("latin-1", "replace"))
-            if is_ours and int(said[1]) > self._wall():
+            is_ours = hmac.compare_digest(self._sign(key, signed).encode(), signature.encode("latin-1", "replace"))
+            if is_ours and 0 < int(said[1]) - self._wall() <= SESSION_SECONDS:
                 return key
         return None
+
+    def _sign(self, key: Key, text: str) -> str:
+        signing_key = hmac.digest(self._secret + key.digest, b"af_session, version 3", "sha256")
+        return hmac.new(signing_key, text.encode("latin-1", "replace"), "sha256").hexdigest()
 
     def _check_host(self, environ: Environ) -> None:
         """Against DNS rebinding: a name that somebody else controls must not lead a browser here."""
@@ -357,7 +398,8 @@ def _check_origin(environ: Environ, *, must_say: bool) -> None:
     if site is not None:
         is_ours = site == "same-origin" or (is_reading and site == "none")
     elif origin is not None:
-        is_ours = urlsplit(str(origin)).netloc.lower() == str(environ.get("HTTP_HOST", "")).lower() != ""
+        said, host = urlsplit(str(origin)), str(environ.get("HTTP_HOST", "")).lower()
+        is_ours = (said.scheme, said.netloc.lower()) == (environ.get("wsgi.url_scheme"), host) and host != ""
     else:
         is_ours = not must_say
     if not is_ours:
@@ -367,11 +409,6 @@ def _check_origin(environ: Environ, *, must_say: bool) -> None:
 def _cookie(environ: Environ, value: str, seconds: int) -> str:
     secure = "; Secure" if environ.get("wsgi.url_scheme") == "https" else ""
     return f"{COOKIE}={value}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Strict{secure}"
-
-
-def _sign(key: Key, text: str) -> str:
-    signing_key = hmac.digest(key.digest, b"af_session, version 2", "sha256")
-    return hmac.new(signing_key, text.encode("latin-1", "replace"), "sha256").hexdigest()
 
 
 def _unauthorized(text: str, code: str = "unauthorized") -> Refused:
@@ -390,7 +427,8 @@ def _ended(key: Key, who: Who) -> Refused:
 def _forbidden(who: Who, role: str) -> str:
     limits = {ENROLL: ": it registers devices and no more", DEVICE: ": it speaks for its device and no more"}
     limit = limits.get(who.role or "", "")
-    return f"This needs a key of the role {role}; {who.name} is one of the role {who.role}{limit}."
+    higher = " or higher" if role in LADDER[:-1] else ""
+    return f"This needs a key of the role {role}{higher}; {who.name} is one of the role {who.role}{limit}."
 
 
 def _allowed_names(settings: Settings) -> frozenset[str]:

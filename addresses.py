@@ -2,8 +2,8 @@
 
 The address is that of the socket. Only a peer in `trusted_proxies` is believed what it says in X-Forwarded-For, which
 is read from the right: each proxy adds whom it heard it from, so the first entry that is no proxy of ours is the one
-who asks, and what stands left of it anybody could have written. An IPv4 address in IPv6 clothes (::ffff:192.0.2.1)
-counts as the IPv4 address. `allowed_ips` never locks this machine itself out.
+who asks, and what stands left of it anybody could have written. An IPv4 address that is written as an IPv6 one
+(::ffff:192.0.2.1) counts as the IPv4 address. `allowed_ips` never locks this machine itself out.
 
 It must not look at keys, nor keep anything: how often somebody may ask is rates.py's question.
 """

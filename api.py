@@ -113,11 +113,16 @@ class Api(BatchHandlers, DeviceHandlers, KeyHandlers, LimitHandlers, SystemHandl
         giver = self._giver(call, wants_token=body.wants_token)
 
         def register(tx: Tx) -> tuple[devices.Registered, tuple[keys.Key, str] | None]:
+            is_known = devices.is_known(tx, body.device_id)
+            if giver is not None and giver.role == ENROLL:  # before anything: who is refused has changed nothing
+                keys.refuse_known(tx, self.access.keys, giver, body.device_id, is_known=is_known)
             registered = devices.register(tx, self.presence, new)
             device = devices.get_device(tx, body.device_id)
             if giver is None or device is None or device.conflict:
                 return registered, None
-            return registered, keys.give_token(tx, self.access.keys, giver, body.device_id)
+            self.end_tokens(tx, body.device_id)
+            devices.mark_revoked(tx, body.device_id, None)
+            return registered, keys.give_token(tx, giver, body.device_id, is_known=is_known)
 
         registered, given = self.store.write(register)
         if given is not None:
@@ -219,7 +224,7 @@ class Api(BatchHandlers, DeviceHandlers, KeyHandlers, LimitHandlers, SystemHandl
         seq, ack = query.integer("seq", None), query.integer("ack", None)
         query.finish()
         require_own(call.who, device_id)
-        return _pulled(self.dispatcher.pull(device_id, boot_id, limit, wait, seq, ack, ahead))
+        return _pulled(self.dispatcher.pull(device_id, boot_id, limit, wait, seq, ack, ahead, call.who.key_id))
 
     # POST /tasks/report {device_id, boot_id?, reports} -> 200 {reports: [{assignment_id, outcome}]}
     def report_tasks(self, call: Call) -> Any:
@@ -242,7 +247,7 @@ class Api(BatchHandlers, DeviceHandlers, KeyHandlers, LimitHandlers, SystemHandl
         if body.status == "cancelled":
             call.told.update(action="cancel_task", reason=body.reason)
         is_allowed = call.who.role in ((OPERATOR, ADMIN) if body.status == "cancelled" else (DEVICE, ADMIN))
-        if not is_allowed:
+        if not is_allowed or (call.who.by == "session" and body.status != "cancelled"):
             needed = "operator" if body.status == "cancelled" else "device"
             raise Refused(403, "forbidden", f"Setting {body.status} needs a key of the role {needed}.", who=call.who)
         if body.status == "cancelled":
@@ -300,7 +305,7 @@ class Api(BatchHandlers, DeviceHandlers, KeyHandlers, LimitHandlers, SystemHandl
         tag = f'"{artifact["sha256"]}"'
         if call.environ.get("HTTP_IF_NONE_MATCH") == tag:
             return Answer(None, 304, headers=(("ETag", tag),))
-        parts = self.artifacts.open(task_id, artifact)
+        parts = self.artifacts.open(task_id, artifact, call.who.key_id)
         if parts is None:
             raise invalid(404, "artifact_lost", "The file is no longer beside the database: bring its folder back from a"
                           " backup, or run the task again.", "artifact_id")  # fmt: skip
@@ -418,8 +423,9 @@ class Api(BatchHandlers, DeviceHandlers, KeyHandlers, LimitHandlers, SystemHandl
         rows = export.begun(self.reads.export(filters, include_result=with_result))
         columns = EXPORT_COLUMNS + (["result"] if with_result else [])
         lines = export.csv_lines(rows, columns) if form == "csv" else export.json_lines(rows)
+        lines = export.while_allowed(lines, lambda: self.access.is_in_force(call.who))
         disposition = f'attachment; filename="tasks.{form}"'
-        return web.stream(Export(lines), EXPORT_KINDS[form], ("Content-Disposition", disposition))
+        return web.stream(Export(lines, call.who.key_id), EXPORT_KINDS[form], ("Content-Disposition", disposition))
 
     # GET /tasks/stats?batch=&task_type= -> 200 {by_state, by_type, by_batch, by_device, last_hour}
     def tasks_stats(self, call: Call) -> Any:
@@ -562,19 +568,19 @@ def routes(api: Api) -> tuple[tuple[str, tuple[Route, ...]], ...]:
         _("GET",    "/devices/{device_id}/stats",     "viewer",    api.device_stats,      "Totals, rates, failures and heartbeats.", None, o.DeviceStatsOut),
         _("GET",    "/devices/{device_id}/heartbeats", "viewer",   api.device_heartbeats, "A device's heartbeats as points for charts.", None, r.BeatsOut, (hours,)),
         _("DELETE", "/devices/{device_id}",           "operator",  api.delete_device,     "Remove a device that is offline."),
-        _("POST",   "/tasks",                         "submitter", api.submit_tasks,      "Submit one task or a list.", (w.TaskIn, w.TasksIn, w.TaskList), (o.SubmittedOut, o.SubmittedListOut, r.PreviewOut), dry_run, status=201, other_status=200),
+        _("POST",   "/tasks",                         "submitter", api.submit_tasks,      "Submit one task or a list.", (w.TaskIn, w.TasksIn, w.TaskList), (o.SubmittedOut, o.SubmittedListOut, r.PreviewOut), dry_run, status=201, other_status=200, is_large=True),
         _("GET",    "/tasks",                         "viewer",    api.list_tasks,        "Tasks, newest first, by pages.", None, o.TaskPageOut, (*FILTERS, *PAGE)),
         _("GET",    "/tasks/pull",                    "device",    api.pull_tasks,        "Ask for tasks; held until there are some.", None, o.PullOut, pull),
         _("GET",    "/tasks/stats",                   "viewer",    api.tasks_stats,       "Counts, and the last hour.", None, o.TasksStatsOut, stats),
         _("GET",    "/tasks/export",                  "viewer",    api.export_tasks,      "All matching tasks as a file.", None, None, (*FILTERS, *shape), kind="application/x-ndjson, text/csv"),
-        _("POST",   "/tasks/report",                  "device",    api.report_tasks,      "What became of tasks.", w.ReportsIn, o.ReportsOut),
+        _("POST",   "/tasks/report",                  "device",    api.report_tasks,      "What became of tasks.", w.ReportsIn, o.ReportsOut, is_large=True),
         _("PUT",    "/tasks/artifacts",               "device",    api.receive_artifact,  "Send a file, before the report that names it.", None, o.UploadedOut, upload, sent=OCTETS),
         _("POST",   "/tasks/actions",                 "operator",  api.act_on_tasks,      "Cancel or requeue all that a filter matches.", w.ActionIn, o.ActionOut),
         _("GET",    "/tasks/{task_id}",               "viewer",    api.get_task,          "One task with all that belongs to it.", None, o.TaskDetailOut),
         _("GET",    "/tasks/{task_id}/artifacts/{artifact_id}", "viewer", api.download_artifact, "A file of a task.", kind=OCTETS, other_status=304),
         _("GET",    "/tasks/{task_id}/why",           "viewer",    api.explain_task,      "Why a task waits, device by device.", None, o.WhyOut),
         _("PUT",    "/tasks/{task_id}/assign",        "operator",  api.assign_task,       "Pin a waiting task to a device.", w.AssignIn, o.ChangedOut),
-        _("PUT",    "/tasks/{task_id}/status",        "device, operator", api.set_task_status,   "Report one task, for simple clients.", w.StatusIn, o.StatusOut),
+        _("PUT",    "/tasks/{task_id}/status",        "device, operator", api.set_task_status,   "Report one task, for simple clients.", w.StatusIn, o.StatusOut, is_large=True),
         _("POST",   "/tasks/{task_id}/cancel",        "operator",  api.cancel_task,       "Cancel a task.", w.ReasonIn, o.StatusOut),
         _("POST",   "/tasks/{task_id}/requeue",       "operator",  api.requeue_task,      "Give a failed or cancelled task another life.", w.ReasonIn, o.ChangedOut),
         _("GET",    "/batches",                       "viewer",    api.list_batches,      "Batches with their counts.", None, o.BatchesOut, batch_page),
@@ -635,8 +641,9 @@ def _(
     kind: str = "application/json",
     sent: str = "application/json",
     other_status: int | None = None,
+    is_large: bool = False,
 ) -> Route:
-    said = (summary, request, response, query, status, kind, sent, other_status)
+    said = (summary, request, response, query, status, kind, sent, other_status, is_large)
     return Route(Operation(method, path, role, *said), handler)
 
 

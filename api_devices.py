@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import devices
@@ -12,6 +12,7 @@ from fleet import MAX_BEATS, PAGE, Fleet
 from reads import DEVICE_STATES, Reads
 from settings import Settings
 from store import Store
+from transaction import Tx
 from web import Call, invalid
 from writer import StorageFailing, WriterBusy, WriterStopped
 
@@ -27,6 +28,7 @@ class DeviceHandlers:
     reads: Reads
     fleet: Fleet
     presence: devices.Presence
+    end_tokens: Callable[[Tx, str], int]
 
     @property
     def now(self) -> float:
@@ -86,7 +88,12 @@ class DeviceHandlers:
         if device["assigned_count"]:
             raise invalid(409, "device_holds_tasks", f"Device {device_id} still holds {device['assigned_count']} tasks;"
                           " disable it, which hands them back, and remove it then.", "device_id")  # fmt: skip
-        self.store.write(devices.forget, self.presence, device_id)
+
+        def forget(tx: Tx) -> None:
+            devices.forget(tx, self.presence, device_id)
+            self.end_tokens(tx, device_id)
+
+        self.store.write(forget)
         return {"device_id": device_id, "deleted": True}
 
     # GET /devices/{device_id}/stats -> 200 totals, rates, last hour, failures, heartbeats

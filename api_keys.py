@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import devices
@@ -9,6 +11,7 @@ import keys
 import wire
 from access import Access
 from audit import Audit
+from dispatcher import Dispatcher
 from keys import ADMIN, DEVICE, Key, KeyRefused
 from store import Store
 from transaction import Tx
@@ -22,6 +25,7 @@ class KeyHandlers:
     access: Access
     audit: Audit
     presence: devices.Presence
+    dispatcher: Dispatcher
 
     # GET /keys?role=&device_id=&limit=&cursor= -> 200 {keys, next_cursor}; tokens of devices only where asked for
     def list_keys(self, call: Call) -> Any:
@@ -61,16 +65,19 @@ class KeyHandlers:
 
     # DELETE /keys/{key_id} -> 200 the key's row; it opens nothing any more
     def revoke_key(self, call: Call) -> Any:
-        key = self.access.keys.get(wire.check_id(call.names["key_id"], "key_id"))
+        number = call.names["key_id"]
+        key = self.access.keys.get(keys.CONFIG_KEY_ID if number == "0" else wire.check_id(number, "key_id"))
         if key is None:
             raise invalid(404, "unknown_key", keys.UNKNOWN, "key_id")
-        if key.role == ADMIN and key.revoked_at is None and not self.access.keys.other_admins(key.id, self._now):
-            raise invalid(409, "last_admin_key", "This is the only admin key: make another one first.", "key_id")
+        keys.refuse_config_key(key)
 
         def revoke(tx: Tx) -> None:
-            if key.device_id is not None and key.revoked_at is None:
-                devices.revoke(tx, self.presence, key.device_id, call.who.actor, None)
-            keys.revoke(tx, [key.id])
+            if not self.access.keys.has_config_key:
+                keys.refuse_last_admin(tx, key.id)
+            if key.device_id is not None and key.id in keys.tokens_of(tx, key.device_id):
+                with contextlib.suppress(devices.UnknownDevice):  # its token is older than what removed the device
+                    devices.revoke(tx, self.presence, key.device_id, call.who.actor, None)
+            self._end(tx, [key.id])
 
         self.store.write(revoke)
         call.told.update(role=key.role, name=key.name)
@@ -82,13 +89,8 @@ class KeyHandlers:
         reason = wire.decode(call.body or b"{}", wire.ReasonIn).reason
 
         def revoke(tx: Tx) -> tuple[int, int]:
-            tokens = keys.tokens_of(tx, device_id)
-            if not tokens and devices.get_device(tx, device_id) is not None:
-                text = f"Device {device_id} has no token of its own: revoke the key it uses, or disable the device."
-                raise KeyRefused(409, "no_token", text, "device_id")
             tasks = devices.revoke(tx, self.presence, device_id, call.who.actor, reason)
-            keys.revoke(tx, tokens)
-            return len(tokens), tasks
+            return self.end_tokens(tx, device_id), tasks
 
         tokens, tasks = self.store.write(revoke)
         call.told.update(reason=reason, tokens=tokens, tasks=tasks)
@@ -106,6 +108,13 @@ class KeyHandlers:
             actor=actor, action=action, outcome=outcome, since=since, until=until, limit=limit, cursor=cursor
         )
 
-    @property
-    def _now(self) -> float:
-        return self.store.moments()[0]
+    def end_tokens(self, tx: Tx, device_id: str) -> int:
+        """All that a device has; how many."""
+        tokens = keys.tokens_of(tx, device_id)
+        self._end(tx, tokens)
+        return len(tokens)
+
+    def _end(self, tx: Tx, key_ids: Sequence[int]) -> None:
+        """They open nothing any more, and what is held open with them gets nothing."""
+        keys.revoke(tx, key_ids)
+        self.dispatcher.end_keys(key_ids)

@@ -15,6 +15,7 @@ import reasons
 import wire
 from access import Access, Refused
 from attention import Attention
+from audit import Audit
 from backlog import Backlog
 from backups import Backup, Backups, Unable
 from dispatcher import Dispatcher
@@ -22,6 +23,7 @@ from edge import WorkerFile
 from events import Events
 from fleet import Fleet
 from history import History
+from keys import ADMIN, ENROLL
 from latency import Latency
 from reads import Reads
 from scheduler import Deletion
@@ -51,6 +53,7 @@ class SystemHandlers:
     dispatcher: Dispatcher
     events: Events
     access: Access
+    audit: Audit
     worker_file: WorkerFile
     started_at: float
     explain: Callable[[dict[str, Any]], reasons.Explanation]
@@ -178,9 +181,11 @@ class SystemHandlers:
     def stream_events(self, call: Call) -> Any:
         last = call.environ.get("HTTP_LAST_EVENT_ID", "")
         after_id = int(last) if re.fullmatch(r"[0-9]{1,18}", last) else None
-        lines = self.events.stream(after_id, lambda: self.access.is_in_force(call.who))
+        is_in_force = lambda: self.access.is_in_force(call.who)  # noqa: E731 - too long for one line
+        lines = self.events.stream(after_id, is_in_force, call.who.key_id, hidden=_hidden(call))
         if lines is None:
-            raise invalid(503, "too_many_streams", "Too many event streams are open; poll instead.", retry_after=30)
+            text = "Too many event streams are open, of this key or in all: close some, or poll instead."
+            raise invalid(503, "too_many_streams", text, retry_after=30)
         return stream(lines, "text/event-stream", ("Cache-Control", "no-cache"))
 
     # GET /events/history?kind=&device_id=&verb=&after=&limit=&cursor= -> 200 {events, next_cursor}
@@ -191,7 +196,9 @@ class SystemHandlers:
         limit = query.integer("limit", 50, minimum=1, maximum=200) or 50
         cursor = query.integer("cursor", None, minimum=1)
         query.finish()
-        return self.history.page(kind=kind, device_id=device_id, verb=verb, after=after, limit=limit, cursor=cursor)
+        return self.history.page(
+            kind=kind, device_id=device_id, verb=verb, after=after, limit=limit, cursor=cursor, hidden=_hidden(call)
+        )
 
     # POST /login {key} -> 204 and a session cookie
     def login(self, call: Call) -> Any:
@@ -202,8 +209,8 @@ class SystemHandlers:
             if refused.status == 401:
                 self._tell(history.record_failed_login, call.who.address)
             raise
-        call.told.update(who=who)
-        self._tell(lambda tx: tx.note("access", "login", by=who.actor, address=who.address))
+        if self.audit.count_login(who):
+            self._tell(lambda tx: tx.note("access", "login", by=who.actor, address=who.address))
         return Answer(None, 204, headers=(("Set-Cookie", cookie),))
 
     def _tell(self, verb: Callable[..., object], *args: Any) -> None:
@@ -211,10 +218,12 @@ class SystemHandlers:
         with contextlib.suppress(StorageFailing, WriterBusy, WriterStopped):
             self.store.write(verb, *args)
 
-    # GET /session -> 200 {role, name, key_needed}; role null: log in first
+    # GET /session -> 200 {role, name, key_needed, uses_left (of an enroll key)}; role null: log in first
     def session(self, call: Call) -> Any:
         call.query.finish()
-        return {"role": call.who.role, "name": call.who.name or None, "key_needed": not self.access.is_open}
+        said = {"role": call.who.role, "name": call.who.name or None, "key_needed": not self.access.is_open}
+        key = None if call.who.key_id is None else self.access.keys.get(call.who.key_id)
+        return {**said, "uses_left": key.uses_left} if key and key.role == ENROLL else said
 
     # POST /logout -> 204 and the cookie is gone
     def logout(self, call: Call) -> Any:
@@ -225,5 +234,12 @@ class SystemHandlers:
         return openapi.build(self.operations(), version=VERSION)
 
 
+def _hidden(call: Call) -> str | None:
+    """The kind of events that only an admin sees: who made which key, and who logs in."""
+    return None if call.who.role == ADMIN else "access"
+
+
 def _backup(path: Path, made: Backup) -> dict[str, Any]:
-    return {"name": path.name, **made._asdict(), "at": wire.iso(made.at)}
+    facts = made._asdict()
+    del facts["instance_id"]  # concerns nobody outside
+    return {"name": path.name, **facts, "at": wire.iso(made.at)}

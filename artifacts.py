@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import logging
 import os
@@ -31,6 +32,7 @@ from typing import Any
 
 import db
 import judging
+from connections import Shares
 from reads import Reads
 from store import Store, folder_of, make_folder, sync_folder
 from transaction import Tx
@@ -42,9 +44,11 @@ PIECE_BYTES = 256 * 1024
 MOVING_AT_ONCE = 32
 """Uploads, and downloads: each has a handler thread for as long as it takes. With as many overdue uploads they are
 still fewer than the threads that master.py keeps for everybody."""
+UPLOADS_OF_A_DEVICE = DOWNLOADS_OF_A_KEY = MOVING_AT_ONCE // 4
+DOWNLOADS_OF_A_SHARED_KEY = MOVING_AT_ONCE - DOWNLOADS_OF_A_KEY
 UPLOAD_SECONDS = 60.0
 SLOWEST_BYTES_A_SECOND = 16 * 1024
-"""An upload has a minute and a second for each 16 KiB, as the device promises."""
+"""An upload has a minute and a second for each 16 KiB, as the device promises; and so has each piece of it."""
 KEPT_FREE_BYTES = 64 * 1024 * 1024
 """The last of the disk is the database's."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -73,7 +77,7 @@ class Artifacts:
         self._incoming = self.folder / "incoming"
         self._store, self._reads = store, reads
         self._uploads = Places()
-        self._downloads = threading.BoundedSemaphore(MOVING_AT_ONCE)
+        self._downloads = Shares()
         self._placing = threading.Lock()  # while a file gets its place, or loses it
         self._arriving: set[Path] = set()
         self._walk: Iterator[Path] = iter(())
@@ -96,13 +100,11 @@ class Artifacts:
         judged = self._store.write(judging.judge_upload, device_id, assignment_id, lease_id, artifact)
         if judged.outcome != "accepted" or judged.task_id is None:
             return judged
-        until = self._uploads.take(artifact.bytes)
-        if until is None:
-            raise Busy(f"{MOVING_AT_ONCE} files are coming in already; send this one again in a moment")
+        upload = self._uploads.take(artifact.bytes, device_id)
         path = self._path(judged.task_id, assignment_id, artifact.sha256, artifact.name)
         try:
             self._arriving.add(path)
-            self._place(self._take(artifact, in_time(parts, until)), path)
+            self._place(self._take(artifact, in_time(parts, upload)), path)
             # A file whose row fails stays: the same file may be on its way again, and strays are swept.
             return self._store.write(judging.add_artifact, device_id, assignment_id, lease_id, artifact)
         except OSError as error:
@@ -112,7 +114,7 @@ class Artifacts:
             raise StorageFailing(f"the file cannot be stored now ({error.strerror}); send it again later") from error
         finally:
             self._arriving.discard(path)
-            self._uploads.give_back(until)
+            self._uploads.give_back(upload)
 
     def _take(self, artifact: db.Artifact, parts: Iterable[bytes]) -> Path:
         """The whole file, on the disk and as announced; nothing of it is left when that fails."""
@@ -155,17 +157,22 @@ class Artifacts:
 
     # -- out --------------------------------------------------------------------------------------------------
 
-    def open(self, task_id: int, artifact: dict[str, Any]) -> Parts | None:
-        """The bytes of a file (a row of Reads.artifact), to be closed by whoever reads them; None if it is lost."""
+    def open(self, task_id: int, artifact: dict[str, Any], key_id: int | None) -> Parts | None:
+        """The bytes of a file (a row of Reads.artifact), to be closed by whoever reads them; None if it is lost.
+        `key_id` 0 or None: the key that many may share."""
         path = self._path(task_id, artifact["assignment_id"], artifact["sha256"], artifact["name"])
-        if not self._downloads.acquire(blocking=False):
-            raise Busy(f"{MOVING_AT_ONCE} files are going out already; ask for this one again in a moment")
+        own = DOWNLOADS_OF_A_KEY if key_id else DOWNLOADS_OF_A_SHARED_KEY
+        shares = {"": MOVING_AT_ONCE, f"key {key_id or 0}": own}
+        if not self._downloads.take(shares):
+            text = f"{own} files are going out to this key, or {MOVING_AT_ONCE} in all"
+            raise Busy(f"{text}; ask for this one again in a moment")
+        give_back = functools.partial(self._downloads.give_back, shares)
         try:
             if path.resolve() != self.folder.resolve() / path.relative_to(self.folder):
                 raise OSError(errno.ELOOP, "it leads out of its place", str(path))
-            parts = Parts(path, self._downloads.release)
+            parts = Parts(path, give_back)
         except OSError as error:
-            self._downloads.release()
+            give_back()
             log.error("a file cannot be read: %s", error)
             return None
         if parts.bytes != artifact["bytes"]:
@@ -223,35 +230,52 @@ class Artifacts:
         return True
 
 
+class Upload:
+    """One file on its way in: until when its next piece has to be here, which is known anew with each piece."""
+
+    def __init__(self, size: int, device_id: str) -> None:
+        self.device_id = device_id
+        self._all_until = time.monotonic() + UPLOAD_SECONDS + size / SLOWEST_BYTES_A_SECOND
+        self.until = 0.0
+        self.go_on()
+
+    def go_on(self) -> None:
+        piece_until = time.monotonic() + UPLOAD_SECONDS + PIECE_BYTES / SLOWEST_BYTES_A_SECOND
+        self.until = min(self._all_until, piece_until)
+
+
 class Places:
-    """Who may send a file now? A read from a silent connection cannot be ended, so whoever is overdue keeps a thread,
-    and no place: the next one gets that, as long as not too many are overdue."""
+    """Who may send a file now? A read from a silent connection cannot be ended everywhere, so whoever is overdue keeps
+    a thread, and no place: the next one gets that, as long as not too many are overdue. A device has a share."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._taken: list[float] = []  # until when each of them has time
+        self._taken: list[Upload] = []
 
-    def take(self, size: int) -> float | None:
-        """Until when a file of that size has to be here; None if there is no place for it."""
+    def take(self, size: int, device_id: str) -> Upload:
+        """A place for a file of that size; raises Busy."""
         now = time.monotonic()
         with self._lock:
-            in_time = sum(until > now for until in self._taken)
+            in_time = sum(upload.until > now for upload in self._taken)
             if in_time >= MOVING_AT_ONCE or len(self._taken) >= 2 * MOVING_AT_ONCE:
-                return None
-            until = now + UPLOAD_SECONDS + size / SLOWEST_BYTES_A_SECOND
-            self._taken.append(until)
-            return until
+                raise Busy(f"{MOVING_AT_ONCE} files are coming in already; send this one again in a moment")
+            if sum(upload.device_id == device_id for upload in self._taken) >= UPLOADS_OF_A_DEVICE:
+                raise Busy(f"{UPLOADS_OF_A_DEVICE} files of this device are coming in already; send fewer at once")
+            upload = Upload(size, device_id)
+            self._taken.append(upload)
+            return upload
 
-    def give_back(self, until: float) -> None:
+    def give_back(self, upload: Upload) -> None:
         with self._lock:
-            self._taken.remove(until)  # of two equal ones either
+            self._taken.remove(upload)
 
 
-def in_time(parts: Iterable[bytes], until: float) -> Iterator[bytes]:
+def in_time(parts: Iterable[bytes], upload: Upload) -> Iterator[bytes]:
     """The parts as they come in; raises Busy once they are overdue."""
     for part in parts:
-        if time.monotonic() > until:
-            raise Busy("the file took longer than a minute and a second for each 16 KiB; send it again")
+        if time.monotonic() > upload.until:
+            raise Busy("the file, or a piece of it, took over a minute and a second for each 16 KiB; send it again")
+        upload.go_on()
         yield part
 
 
@@ -285,7 +309,7 @@ def copy_files(database: Path, target: Path, copied_before: Path | None = None) 
     deleted in between. For the same reason one that `copied_before` has (the folder of an earlier copy) is linked."""
     sizes = []
     for path in folder_of(database).glob("[0-9]*/*"):
-        if path.is_symlink():
+        if path.is_symlink() or path.parent.is_symlink():
             continue  # we make none; whoever did must not get what it leads to into a backup
         place = target / folder_of(database).name / path.parent.name
         if not place.is_dir():

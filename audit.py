@@ -1,9 +1,10 @@
 """Who did what, from where, and how did it end?
 
 A row for every call of a person or a program that changes something, but not for what devices say and not for
-submissions, whose tasks carry `created_by`; and for each login, backup and command. `outcome` is "ok" or the code of
-the refusal. Who was not let in is counted: a row for each address, key, code and minute. No secret and no payload is in
-it. The reply to a call leaves after its row is written; where nothing can be written, the call is answered anyhow.
+submissions, whose tasks carry `created_by`; and for each backup and command. `outcome` is "ok" or the code of the
+refusal. Who was not let in is counted: a row for each address, key, code and minute; and so are logins: a row for each
+key and minute. No secret and no payload is in it. The reply to a call leaves after its row is written; where nothing
+can be written, the call is answered anyhow.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from writer import StorageFailing, WriterBusy, WriterStopped
 MAX_ROWS = 1_000_000
 COMMAND = Who("command line", ADMIN, None, None, "command", "local")
 """As whom it knows whoever may write the database file."""
-REFUSED = "refused"
+REFUSED, LOGIN = "refused", "login"
+CHEAP = (REFUSED, LOGIN)
+"""Rows of these actions go first where there are too many: anybody, and any small key, can cause them."""
 COUNTED = (401, 403, 429)
 """Refusals with these statuses are counted, all others are rows of their own."""
 MINUTE_SECONDS = 60.0
@@ -36,12 +39,13 @@ COLUMNS = ("id", "at", "actor", "role", "key_id", "address", "action", "object",
 
 
 @dataclass
-class Refusal:
-    """Who was not let in, counted for a minute; `row_id` once it is in the table."""
+class Counted:
+    """Who was not let in, or came in, counted for a minute; `row_id` once it is in the table."""
 
     who: Who
-    code: str
-    first: str
+    action: str
+    outcome: str
+    first: str | None
     began_at: float
     count: int = 0
     written: int = 0
@@ -61,12 +65,17 @@ def record(
 
 
 def forget(tx: Tx, before: float, limit: int) -> int:
-    """Deletes at most `limit` rows that are older, or more than MAX_ROWS; how many."""
-    return tx.execute(
-        "DELETE FROM af_audit WHERE id IN (SELECT id FROM (SELECT id, at FROM af_audit ORDER BY id LIMIT ?)"
-        " WHERE at < ? OR id <= (SELECT max(id) FROM af_audit) - ?)",
-        (limit, before, MAX_ROWS),
-    ).rowcount
+    """Deletes at most `limit` rows that are older, or more than MAX_ROWS, CHEAP ones first; how many."""
+    sql = "SELECT id FROM (SELECT id, at FROM af_audit ORDER BY id LIMIT ?) WHERE at < ?"
+    gone = tx.execute(f"DELETE FROM af_audit WHERE id IN ({sql})", (limit, before)).rowcount
+    sql = "SELECT (SELECT max(id) FROM af_audit) - (SELECT min(id) FROM af_audit) >= ?"
+    if tx.one(sql, (MAX_ROWS,))[0]:  # else there is nothing to count
+        excess = tx.one("SELECT count(*) FROM af_audit")[0] - MAX_ROWS
+        most = gone + min(excess, limit - gone)
+        for where, given in [*(("WHERE action = ?", (action,)) for action in CHEAP), ("", ())]:
+            sql = f"SELECT id FROM af_audit {where} ORDER BY id LIMIT ?"
+            gone += tx.execute(f"DELETE FROM af_audit WHERE id IN ({sql})", (*given, max(0, most - gone))).rowcount
+    return gone
 
 
 class Audit:
@@ -75,7 +84,7 @@ class Audit:
     def __init__(self, store: Store, reads: Reads) -> None:
         self._store = store
         self._reads = reads
-        self._refusals: dict[tuple[str, str, str], Refusal] = {}
+        self._counted: dict[tuple[str, str, str], Counted] = {}
         self._lock = threading.Lock()
         self._flushing = threading.Lock()
 
@@ -92,27 +101,39 @@ class Audit:
         who = who or getattr(error, "who", None) or Who("", None, None, None, "public", address)
         with self._lock:
             key = (who.address, who.actor, error.code)
-            if key not in self._refusals and len(self._refusals) >= REFUSALS_A_MINUTE:
+            if key not in self._counted and len(self._counted) >= REFUSALS_A_MINUTE:
                 who = Who("", None, None, None, "public", OTHERS)
                 key = (OTHERS, OTHERS, error.code)
-            now = self._store.moments()[0]
-            refusal = self._refusals.setdefault(key, Refusal(who, error.code, asked, now))
-            refusal.count += 1
+            self._add(key, who, REFUSED, error.code, asked)
+
+    def count_login(self, who: Who) -> bool:
+        """Somebody came in; whether it is the first time in a minute with this key, which is written at once."""
+        with self._lock:
+            is_first = self._add((LOGIN, who.actor, "ok"), who, LOGIN, "ok", None) == 1
+        if is_first:
+            with contextlib.suppress(StorageFailing, WriterBusy, WriterStopped):
+                self.flush()
+        return is_first
+
+    def _add(self, key: tuple[str, str, str], who: Who, action: str, outcome: str, first: str | None) -> int:
+        counted = self._counted.setdefault(key, Counted(who, action, outcome, first, self._store.moments()[0]))
+        counted.count += 1
+        return counted.count
 
     def flush(self) -> None:
         """Writes what was counted; a minute that goes on is written again into the row that it has."""
         with self._flushing:
             with self._lock:
                 now = self._store.moments()[0]
-                unwritten = [refusal for refusal in self._refusals.values() if refusal.count > refusal.written]
-                counts = [refusal.count for refusal in unwritten]
-                over = [key for key, refusal in self._refusals.items() if now - refusal.began_at >= MINUTE_SECONDS]
+                unwritten = [counted for counted in self._counted.values() if counted.count > counted.written]
+                counts = [counted.count for counted in unwritten]
+                over = [key for key, counted in self._counted.items() if now - counted.began_at >= MINUTE_SECONDS]
                 for key in over:
-                    del self._refusals[key]
+                    del self._counted[key]
             if unwritten:
-                row_ids = self._store.write(_write_refusals, list(zip(unwritten, counts, strict=True)))
-                for refusal, count, row_id in zip(unwritten, counts, row_ids, strict=True):
-                    refusal.written, refusal.row_id = count, row_id
+                row_ids = self._store.write(_write_counted, list(zip(unwritten, counts, strict=True)))
+                for counted, count, row_id in zip(unwritten, counts, row_ids, strict=True):
+                    counted.written, counted.row_id = count, row_id
 
     def page(
         self, *, actor: str | None = None, action: str | None = None, outcome: str | None = None,
@@ -141,14 +162,14 @@ class Audit:
         return {"entries": entries, "next_cursor": str(rows[-1][0]) if len(rows) == limit else None}
 
 
-def _write_refusals(tx: Tx, refusals: list[tuple[Refusal, int]]) -> list[int]:
+def _write_counted(tx: Tx, counts: list[tuple[Counted, int]]) -> list[int]:
     row_ids = []
-    for refusal, count in refusals:
-        detail = {"count": count, "first": refusal.first}
-        if refusal.row_id is None:
-            row_ids.append(record(tx, refusal.who, REFUSED, outcome=refusal.code, detail=detail))
+    for counted, count in counts:
+        detail: dict[str, Any] = {"count": count, **({} if counted.first is None else {"first": counted.first})}
+        if counted.row_id is None:
+            row_ids.append(record(tx, counted.who, counted.action, outcome=counted.outcome, detail=detail))
         else:
-            row_ids.append(refusal.row_id)
+            row_ids.append(counted.row_id)
             sql = "UPDATE af_audit SET detail = ? WHERE id = ?"
-            tx.execute(sql, (json.dumps(detail, ensure_ascii=False), refusal.row_id))
+            tx.execute(sql, (json.dumps(detail, ensure_ascii=False), counted.row_id))
     return row_ids

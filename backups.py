@@ -5,13 +5,14 @@ A backup is a folder: the database of one moment, the files of its tasks, and ba
     FOLDER.part   while it is made   ->   FOLDER   once all of it is on the disk, and the copy was opened and checked
 
 `back_up` makes one beside a running master, page by page through SQLite: a copied file would lack what is still in the
-write-ahead log. `Backups` makes one each night, in a thread of its own: neither the writer nor the scheduler waits for
-it. It deletes old ones only after a new one is good.
+write-ahead log. A lock tells the folder that it makes from one that was cut off. `Backups` makes one each night, in a
+thread of its own: neither the writer nor the scheduler waits for it. It deletes old ones of its own database, and only
+after a new one is good.
 
 `restore` brings one back, under the database's lock. All of it happens in a folder beside the database first, and one
 rename decides (`store.finish_restore` moves the rest, and a crash in between changes nothing). The database that was
 there is kept. A restored database begins a new life: open attempts end, every lease with which a report could still be
-accepted is made anew, and ids go on behind those that the old life may have given away.
+accepted gets a new number, and ids go on behind those that the old life may have given away.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ import shutil
 import sqlite3
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +37,7 @@ import audit
 import db
 import history
 from artifacts import copy_files
-from schema import ACTIVE, SCHEMA_VERSION
+from schema import ACTIVE
 from storage import kind_of
 from store import (
     KEPT_AS,
@@ -51,6 +53,11 @@ from store import (
     sync_folder,
 )
 from transaction import Policy, Tx
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger("af.backups")
 
@@ -70,6 +77,12 @@ class Backup(NamedTuple):
     bytes: int
     files: int
     seconds: float
+    instance_id: str
+    """Of its database (af_meta): several masters may share a folder."""
+
+
+BELOW = {"at": 1e11, "bytes": 2**60, "files": 2**60, "seconds": 1e9}
+"""What a backup.json may say; a moment from there on has no date."""
 
 
 class Unable(Exception):
@@ -91,26 +104,55 @@ def back_up(path: Path, folder: Path, *, copied_before: Path | None = None) -> B
         raise FileExistsError(errno.EEXIST, advice, str(folder))
     check_database(path, seconds=0.0)
     at, started = time.time(), time.monotonic()
-    part = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(mode=0o700, parents=True)
-    try:
-        backup_database(path, part / path.name)
+    with _making(folder.with_name(f"{folder.name}.part")) as part:
+        try:
+            backup_database(path, part / path.name)
+        except sqlite3.Error as error:
+            raise _as_refusal(error, path) from error
         earlier = folder_of(copied_before / path.name) if copied_before else None
         sizes = copy_files(path, part, earlier)
         size = (part / path.name).stat().st_size + sum(sizes)
-        made = Backup(at, size, len(sizes), round(time.monotonic() - started, 3))
-        _write(part / SAYS, json.dumps({**made._asdict(), "schema_version": SCHEMA_VERSION}))
+        seconds = round(time.monotonic() - started, 3)
+        made = Backup(at, size, len(sizes), seconds, _instance_of(part / path.name))
+        _write(part / SAYS, json.dumps({**made._asdict(), "schema_version": _schema_of(part / path.name)}))
         sync_folder(part)
         part.replace(folder)
         sync_folder(folder.parent)
-    except sqlite3.Error as error:
-        shutil.rmtree(part, ignore_errors=True)
-        raise _as_refusal(error, path) from error
+    return made
+
+
+@contextmanager
+def _making(part: Path) -> Iterator[Path]:
+    """A new folder, whose backup.json is locked for as long as the block runs; none is left if that fails."""
+    if not _remove_cut_off(part):
+        advice = "another process makes a backup there now; wait for it, or delete this folder if none does"
+        raise FileExistsError(errno.EEXIST, advice, str(part))
+    part.mkdir(mode=0o700, parents=True)
+    try:
+        if fcntl is None:  # where an open file also keeps its folder from being renamed
+            yield part
+            return
+        with (part / SAYS).open("w") as file:
+            with suppress(OSError):  # a disk that knows no locks
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield part
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    return made
+
+
+def _remove_cut_off(part: Path) -> bool:
+    """False if the folder is being made now, or where nobody can say."""
+    try:
+        with (part / SAYS).open("r+b") as file:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(part, ignore_errors=True)
+    except FileNotFoundError:
+        shutil.rmtree(part, ignore_errors=True)
+    except OSError:
+        return False
+    return True
 
 
 def _as_refusal(error: sqlite3.Error, path: Path) -> Exception:
@@ -127,12 +169,14 @@ def _write(path: Path, text: str) -> None:
 
 
 def read_backup(folder: Path) -> Backup | None:
-    """What a folder's backup.json says; None if it is no whole backup."""
+    """What a folder's backup.json says; None if it is no whole backup, or what it says makes no sense."""
     try:
         said = json.loads((folder / SAYS).read_text(encoding="utf-8"))
-        return Backup(*(said[name] for name in Backup._fields))
-    except (OSError, ValueError, KeyError, TypeError):
+        backup = Backup(*(said[name] for name in Backup._fields))
+        is_sound = all(type(said[name]) in (int, float) and 0 <= said[name] < below for name, below in BELOW.items())
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+    return backup if is_sound and type(backup.bytes) is type(backup.files) is int else None
 
 
 # -- every night --------------------------------------------------------------------------------------------------
@@ -147,8 +191,10 @@ class Backups:
         self._database, self._at, self._keep, self._store = database, at, keep, store
         self._ours = re.compile(rf"{re.escape(database.stem)}-[0-9]{{8}}T[0-9]{{6}}Z-[0-9a-f]{{4}}")
         self._one_at_a_time = threading.Lock()
+        self._instance_id = _instance_of(database)
         self._started = store.moments()[1]
         self._next_try = 0.0
+        _say_if_unusable(folder)
         self.last_failure: str | None = None
         #              every (s)               what happens
         self.chores = ((2.0, self.start_if_due),) if folder else ()
@@ -159,6 +205,7 @@ class Backups:
             return []
         folders = [path for path in self.folder.iterdir() if self._ours.fullmatch(path.name)]
         found = [(path, said) for path in folders if (said := read_backup(path)) is not None]
+        found = [one for one in found if one[1].instance_id == self._instance_id]
         return sorted(found, key=lambda one: (one[1].at, one[0].name), reverse=True)
 
     def start_if_due(self) -> None:
@@ -195,14 +242,15 @@ class Backups:
 
     def _make(self, folder: Path, by: str) -> tuple[Path, Backup]:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for cut_off in folder.glob(f"{self._database.stem}-*.part"):
-            shutil.rmtree(cut_off, ignore_errors=True)
+        for part in folder.glob("*.part"):
+            if self._ours.fullmatch(part.stem):
+                _remove_cut_off(part)
         before = self.kept()
         stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
         new = folder / f"{self._database.stem}-{stamp}-{secrets.token_hex(2)}"
         made = back_up(self._database, new, copied_before=before[0][0] if before else None)
         self.last_failure = None
-        log.info("backup made by=%s folder=%s bytes=%d files=%d seconds=%.1f", by, new, *made[1:])
+        log.info("backup made by=%s folder=%s bytes=%d files=%d seconds=%.1f", by, new, *made[1:4])
         self._tell("backup", by=by, name=new.name, bytes=made.bytes, seconds=made.seconds)
         # The new one is good, so older ones may go; it is not among them, whatever the clock says.
         for old, _ in before[self._keep - 1 :]:
@@ -233,6 +281,20 @@ class Backups:
         return "backup", f"The nightly backup is late: the newest one is {age}."
 
 
+def _say_if_unusable(folder: Path | None) -> None:
+    """At the start and not only in the night: a master that cannot keep backups goes on all the same."""
+    why = None
+    if folder is not None:
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            why = None if os.access(folder, os.W_OK) else "no right to write"
+        except OSError as error:
+            why = error.strerror
+    if why is not None:
+        advice = "give the master's user the right to write there, or name another folder"
+        log.error("backup_folder %s cannot be used (%s): %s", folder, why, advice)
+
+
 def _without_paths(error: Exception) -> str:
     return (error.strerror or "failed") if isinstance(error, OSError) else "the copy is not sound"
 
@@ -260,6 +322,7 @@ def restore(path: Path, folder: Path, policy: Policy) -> str:
 
     Raises DatabaseRefused or OSError; then nothing was changed."""
     source = _database_in(folder, path.name)
+    said = _said_in(folder, source)
     check_database(source)
     staging = path.with_name(f"{path.name}.restoring")
     shutil.rmtree(staging, ignore_errors=True)
@@ -272,7 +335,6 @@ def restore(path: Path, folder: Path, policy: Policy) -> str:
             folder_of(new).mkdir(mode=0o700)
         else:
             (staging / folder_of(source).name).replace(folder_of(new))
-        said = read_backup(folder)
         at = said.at if said else last_moment(new)
         life = _begin_new_life(new, _floors(path, new), policy)
         kept = f"{path.name}.before-{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
@@ -305,6 +367,19 @@ def _database_in(folder: Path, name: str) -> Path:
     return found[0]
 
 
+def _said_in(folder: Path, source: Path) -> Backup | None:
+    """What a backup says of itself; None if it has no backup.json. Raises DatabaseRefused for what we never made."""
+    for path in (source, folder_of(source), *folder_of(source).glob("[0-9]*")):
+        if path.is_symlink():
+            raise DatabaseRefused(f"{path} is a link, and --backup makes none; put in its place what belongs there")
+    said = read_backup(folder)
+    if said is None and (folder / SAYS).exists():
+        raise DatabaseRefused(
+            f"{folder / SAYS} makes no sense; name another backup, or delete that file if you trust the rest"
+        )
+    return said
+
+
 def _floors(path: Path, new: Path) -> dict[str, int]:
     """Below which ids must not begin again, because the old life may have given them away: what the present database
     says if it is the same one, later on; else a leap."""
@@ -315,6 +390,17 @@ def _floors(path: Path, new: Path) -> dict[str, int]:
         if present.get("instance_id") == restored["instance_id"]:
             return {table: max(present.get(table, 0), restored.get(table, 0)) for table in FENCED}
     return {table: restored.get(table, 0) + LEAP for table in FENCED}
+
+
+def _instance_of(path: Path) -> str:
+    with reading(path) as connection:
+        return str(_last_ids(connection)["instance_id"])
+
+
+def _schema_of(path: Path) -> int:
+    """The database's own version, which is older than this program's where no start has upgraded it yet."""
+    with reading(path) as connection:
+        return int(connection.execute("PRAGMA user_version").fetchone()[0])
 
 
 def _last_ids(connection: sqlite3.Connection) -> dict[str, Any]:
@@ -361,8 +447,8 @@ def _told(folder: Path, path: Path, kept: str | None, at: float, life: NewLife, 
     return "\n".join([
         f"restored {folder} to {path}",
         f"tasks: {sum(life.states.values())} ({counts}), {files} files",
-        f"open attempts: {life.ended} ended, their tasks wait again and no loss is counted; {life.leases} leases made"
-        " anew, so what devices still report of them is refused",
+        f"open attempts: {life.ended} ended, their tasks wait again and no loss is counted; {life.leases} leases got"
+        " a new number, so what devices still report of them is refused",
         f"It is the database of {moment}: what was submitted later is not in it, what was completed later runs again,"
         " and keys that were revoked later are valid again.",
         f"The database that was there is kept as {path.with_name(kept)}." if kept else "There was no database before.",

@@ -197,6 +197,8 @@ def _reason(error: Exception) -> str:
         return "its certificate is not trusted here; name your own in ca_file, or write the name that it is for"
     if "Fingerprints did not match" in str(error):
         return "its certificate is not the one in ssl_certificate; a master takes a new one when it is started again"
+    if knobs.TLS_ALERT in repr(error):
+        return knobs.WANTS_TLS
     if "timed out" in str(error).lower():
         return "it did not answer in time"
     found = re.search(r"\] ([A-Z][A-Za-z ,]+)", str(error))

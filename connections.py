@@ -3,14 +3,15 @@
 The server knows no limit for a body's time: a client that announces one and sends it slowly, or never, keeps its
 handler's thread in a read for ever, and nothing in Python can end that read. Here stands who reads since when, so that
 
-    - at most BODIES_AT_ONCE bodies are read at once, half of them for one address, and few for callers without a key;
-      the server has threads for them besides all others, so that everybody else is always served;
+    - at most BODIES_AT_ONCE bodies are read at once, half of them for one address, few for one key and for callers
+      without a key, and the last of them for operators; the server has threads for them besides all others, so that
+      everybody else is always served;
     - a body that is overdue ends with its connection: `end_overdue` shuts down those sockets of its peer on which
       nothing was sent for as long. A held pull, an event stream and a connection in use are never among them. An idle
-      one may be: its client finds it closed and opens another.
+      one may be: its client finds it closed and opens another. A body whose key ended is overdue, too.
 
 The same for replies: an export keeps its thread for as long as its reader takes, and a deaf one takes a minute, so few
-are written at once.
+are written at once, and fewer for one key.
 
 When nearly all connections are taken, the address that has the most loses half, those that were silent the longest.
 
@@ -30,7 +31,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from addresses import neighbourhood, parse
@@ -38,13 +39,21 @@ from addresses import neighbourhood, parse
 log = logging.getLogger("af.connections")
 
 BODIES_AT_ONCE = 128
-BODIES_WITHOUT_KEY = 16
-# A body has a minute and a second for each 16 KiB, one without a key half a minute: longer than a pull is held, for a
-# connection that was silent for as long must not be one on which somebody waits for his reply.
+BODIES_OF_AN_ADDRESS = BODIES_AT_ONCE // 2
+BODIES_OF_A_KEY = BODIES_AT_ONCE // 8
+BODIES_OF_A_DEVICE = BODIES_AT_ONCE // 16
+BODIES_FOR_OPERATORS = 16
+BODIES_WITHOUT_KEY = 32
+BODIES_WITHOUT_KEY_OF_AN_ADDRESS = 4
+# A body has a minute and a second for each 16 KiB, and half a minute and as much for each piece in which it is read, so
+# also a small one: longer than a pull is held, for a connection that was silent for as long must not be one on which
+# somebody waits for his reply.
 BODY_SECONDS = 60.0
-BODY_SECONDS_WITHOUT_KEY = 30.0
+PIECE_SECONDS = 30.0
 SLOWEST_BYTES_A_SECOND = 16 * 1024
 EXPORTS_AT_ONCE = 32
+EXPORTS_OF_A_KEY = EXPORTS_AT_ONCE // 4
+EXPORTS_OF_A_SHARED_KEY = EXPORTS_AT_ONCE - EXPORTS_OF_A_KEY
 # How often the open connections are counted, and from which share of all it is crowded. Whoever takes all of them has
 # more waiting to be accepted, in front of everybody else: so it must go on quickly.
 LOOK_SECONDS = 5.0
@@ -60,6 +69,29 @@ class Crowded(Exception):
     """So many are on their way already; str() is one sentence."""
 
 
+class Shares:
+    """So many at once, and so many of those for one asker: `shares` says of each name how many may be taken."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.taken: Counter[str] = Counter()
+
+    def take(self, shares: Mapping[str, int]) -> bool:
+        """One of each name, or none at all."""
+        with self._lock:
+            if any(self.taken[name] >= most for name, most in shares.items()):
+                return False
+            self.taken.update(list(shares))
+            return True
+
+    def give_back(self, shares: Mapping[str, int]) -> None:
+        with self._lock:
+            self.taken.subtract(list(shares))
+            for name in shares:
+                if not self.taken[name]:
+                    del self.taken[name]
+
+
 class Connections:
     """Who is being waited for. `most` is how many connections the server takes; `clock` counts seconds."""
 
@@ -68,36 +100,29 @@ class Connections:
         self._most = most
         self._lock = threading.Lock()
         self._waiting: dict[Body, float] = {}  # until when
-        self._places: Counter[str] = Counter()
+        self.places = Shares()
         self._look_at = 0.0
 
     @contextlib.contextmanager
     def waiting(self, body: Body, until: float) -> Iterator[None]:
         """Around a read that may not come back; raises Crowded."""
-        most = BODIES_AT_ONCE if body.has_key else BODIES_WITHOUT_KEY
-        kind = "with a key" if body.has_key else "without a key"
-        own = f"{kind} from {neighbourhood(body.client)}"
+        if not self.places.take(body.shares):
+            raise Crowded("too many slow requests are being read; send this one again in a moment")
         with self._lock:
-            if self._places[kind] >= most or self._places[own] >= most // 2:
-                raise Crowded("too many slow requests are being read; send this one again in a moment")
-            self._places[kind] += 1
-            self._places[own] += 1
             self._waiting[body] = until
         try:
             yield
         finally:
             with self._lock:
                 del self._waiting[body]
-                self._places[kind] -= 1
-                self._places[own] -= 1
-                if not self._places[own]:
-                    del self._places[own]
+            self.places.give_back(body.shares)
 
     def end_overdue(self) -> None:
         """The server calls it several times a second; it costs nothing unless there is something to end."""
         now = self.clock()
         with self._lock:
-            overdue = {body.peer: now - body.since for body, until in self._waiting.items() if now > until}
+            waiting = list(self._waiting.items())
+        overdue = {body.peer: now - body.since for body, until in waiting if now > body.ends_at(until)}
         for peer, seconds in overdue.items():
             count = _end(one for one in _open() if one.peer == peer and one.silent_seconds >= seconds - 1.0)
             log.warning("a body from %s did not come within %.0f s; connections ended: %d", peer, seconds, count)
@@ -121,29 +146,69 @@ class Connections:
 class Body:
     """In the place of wsgi.input: the same bytes, and known to be waited for."""
 
-    def __init__(self, stream: Any, connections: Connections, *, client: str, peer: str, length: int, has_key: bool):
-        """`client` is who asks, `peer` the address at the other end of the socket, which a proxy may be."""
+    def __init__(
+        self,
+        stream: Any,
+        connections: Connections,
+        *,
+        peer: str,
+        length: int,
+        shares: Mapping[str, int],
+        is_wanted: Callable[[], bool] = lambda: True,
+        refuse_unwanted: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`peer` is the address at the other end of the socket, which a proxy may be; `is_wanted` says whether who
+        sends it would be let in still, and `refuse_unwanted` raises if not."""
         self._stream, self._connections = stream, connections
-        self.client, self.peer, self.has_key = client, peer, has_key
-        self._seconds = (BODY_SECONDS if has_key else BODY_SECONDS_WITHOUT_KEY) + length / SLOWEST_BYTES_A_SECOND
+        self._is_wanted, self._refuse_unwanted = is_wanted, refuse_unwanted
+        self.peer, self.shares = peer, shares
+        self._seconds = BODY_SECONDS + length / SLOWEST_BYTES_A_SECOND
         self.since = connections.clock()
 
-    def read(self, size: int = -1) -> bytes:
+    def read(self, size: int) -> bytes:
         """Raises Crowded; short where the connection ended, by itself or because the body was overdue."""
-        with self._connections.waiting(self, self.since + self._seconds):
+        piece_until = self._connections.clock() + PIECE_SECONDS + size / SLOWEST_BYTES_A_SECOND
+        with self._connections.waiting(self, min(self.since + self._seconds, piece_until)):
             part: bytes = self._stream.read(size)
+        self._refuse_unwanted()
         return part
+
+    def ends_at(self, until: float) -> float:
+        """When it is overdue: earlier than `until` if it is not wanted any more."""
+        return until if self._is_wanted() else min(until, self.since + PIECE_SECONDS)
+
+
+def shares_without_key(client: str) -> dict[str, int]:
+    """The places that a body takes which needs no key."""
+    own = f"without a key from {neighbourhood(client)}"
+    return {"without a key": BODIES_WITHOUT_KEY, own: BODIES_WITHOUT_KEY_OF_AN_ADDRESS}
+
+
+def shares_with_key(client: str, key_id: int | None, *, is_device: bool, is_operator: bool) -> dict[str, int]:
+    """The same for one with a key; 0 or None is the one that a whole fleet may share."""
+    own = f"{'an operator' if is_operator else 'a key'} from {neighbourhood(client)}"
+    shares = {
+        "with a key": BODIES_AT_ONCE if is_operator else BODIES_AT_ONCE - BODIES_FOR_OPERATORS,
+        own: BODIES_OF_AN_ADDRESS,
+    }
+    if key_id:
+        shares[f"key {key_id}"] = BODIES_OF_A_DEVICE if is_device else BODIES_OF_A_KEY
+    return shares
 
 
 class Export:
     """Bytes that are made while they are sent, for which there is a place. The server closes it, also when the reader
     goes away. Raises Crowded."""
 
-    _places = threading.BoundedSemaphore(EXPORTS_AT_ONCE)
+    _places = Shares()
 
-    def __init__(self, lines: Iterator[bytes]) -> None:
-        if not self._places.acquire(blocking=False):
-            raise Crowded(f"{EXPORTS_AT_ONCE} exports are being read already; ask for this one again in a moment")
+    def __init__(self, lines: Iterator[bytes], key_id: int | None) -> None:
+        """`key_id` 0 or None: the key that many may share."""
+        own = EXPORTS_OF_A_KEY if key_id else EXPORTS_OF_A_SHARED_KEY
+        self._shares = {"": EXPORTS_AT_ONCE, f"key {key_id or 0}": own}
+        if not self._places.take(self._shares):
+            text = f"{own} exports of this key, or {EXPORTS_AT_ONCE} in all, are being read already"
+            raise Crowded(f"{text}; ask for this one again in a moment")
         self._lines: Iterator[bytes] | None = lines
 
     def __iter__(self) -> Iterator[bytes]:
@@ -155,7 +220,7 @@ class Export:
     def close(self) -> None:
         lines, self._lines = self._lines, None
         if lines is not None:
-            self._places.release()
+            self._places.give_back(self._shares)
             if hasattr(lines, "close"):
                 lines.close()
 

@@ -461,10 +461,12 @@ def _say_goodbye(tx: Tx, presence: Presence, device_id: str) -> None:
 
 def revoke(tx: Tx, presence: Presence, device_id: str, by: str, reason: str | None) -> int:
     """The device is not trusted any more: what it held goes back to the queue now, and no loss is counted; how many.
-    The same process may register again, if it has a key that may. Raises UnknownDevice."""
+    The same process may register again, if it has a key that may: from now on an enroll key, too. Raises
+    UnknownDevice."""
     changed = tx.execute("UPDATE af_device SET boot_id = NULL, recent_boots = '[]' WHERE device_id = ?", (device_id,))
     if not changed.rowcount:
         raise UnknownDevice(f"there is no device {device_id}")
+    mark_revoked(tx, device_id, by)
     presence.doubt(device_id)
     released = sum(db.release(tx, attempt, "handed_back") is not None for attempt in db.active_attempts(tx, device_id))
     presence.online.discard(device_id)
@@ -472,6 +474,17 @@ def revoke(tx: Tx, presence: Presence, device_id: str, by: str, reason: str | No
     presence.last_beat.pop(device_id, None)
     tx.note("device", "device_revoked", device=device_id, by=by, reason=reason)
     return released
+
+
+def mark_revoked(tx: Tx, device_id: str, by: str | None) -> None:
+    """By whom, until the device has a token again (None)."""
+    tx.execute("UPDATE af_device SET revoked_by = ? WHERE device_id = ?", (by, device_id))
+
+
+def is_known(tx: Tx, device_id: str) -> bool:
+    """Whether this id belongs to a device, with a token or without, that nobody has revoked or removed."""
+    sql = "SELECT 1 FROM af_device WHERE device_id = ? AND revoked_by IS NULL"
+    return tx.one(sql, (device_id,)) is not None
 
 
 def release_silent(tx: Tx, presence: Presence, device_timeout: float) -> int:

@@ -17,6 +17,7 @@ The strategy suggests a device for each task; what it may not choose is decided 
 from __future__ import annotations
 
 import contextlib
+import functools
 import heapq
 import json
 import logging
@@ -113,13 +114,14 @@ class Ask:
     work that may wait on the device for a slot; `ahead_left` is the part of it that is not given yet."""
 
     def __init__(self, device_id: str, boot_id: str | None, limit: int, seq: int | None, ack: int | None,
-                 ahead: Mapping[str, int]) -> None:  # fmt: skip
+                 ahead: Mapping[str, int], key_id: int | None = None) -> None:  # fmt: skip
         self.device_id = device_id
         self.boot_id = boot_id
         self.limit = limit
         self.seq = seq
         self.ack = ack
         self.ahead = ahead
+        self.key_id = key_id
         self.ahead_left = 1.0
         self.device: devices.Device | None = None
         self.task_types: frozenset[str] = frozenset()
@@ -245,6 +247,8 @@ class Dispatcher:
         """device -> whether it was told to drain, last"""
         self._newest: dict[str, tuple[str, int]] = {}
         """device -> its process, and the highest number of a pull of it"""
+        self._ended_keys: set[int | None] = set()
+        """by their ids: what comes with one of them gets nothing"""
         self._held_polls = 0
         self._lock = threading.Lock()
         self._stopping = False
@@ -267,12 +271,13 @@ class Dispatcher:
     # -- from the handlers' threads ---------------------------------------------------------------------------
 
     def pull(self, device_id: str, boot_id: str | None, limit: int, wait: float, seq: int | None = None,
-             ack: int | None = None, ahead: Mapping[str, int] = MappingProxyType({})) -> Reply:  # fmt: skip
+             ack: int | None = None, ahead: Mapping[str, int] = MappingProxyType({}),
+             key_id: int | None = None) -> Reply:  # fmt: skip
         """Opens a pull and holds it for at most `wait` seconds, or until there is something to say.
 
         Raises UnknownDevice, Superseded, DeviceConflict, and what Store.write raises.
         """
-        ask = Ask(device_id, boot_id, limit, seq, ack, ahead)
+        ask = Ask(device_id, boot_id, limit, seq, ack, ahead, key_id)
         if not self._reopen(ask):
             self._store.write(self._open, ask)
         with self._lock:
@@ -347,7 +352,7 @@ class Dispatcher:
         self._describe(ask, device)
         with self._lock:
             may_wait = not self._may_something_go and not self._stopping and ask.device_id not in self._cancels
-            if not may_wait or self._is_overtaken(ask):
+            if not may_wait or ask.key_id in self._ended_keys or self._is_overtaken(ask):
                 return False
             older = self._asks.pop(ask.device_id, None)
             self._asks[ask.device_id] = ask
@@ -364,8 +369,23 @@ class Dispatcher:
 
     # -- inside the writer's transaction ----------------------------------------------------------------------
 
+    def end_keys(self, key_ids: Sequence[int]) -> None:
+        """The job revokes these keys: pulls that came with them are answered, and from here on none gets a task."""
+        with self._lock:
+            ended = set(key_ids) - self._ended_keys
+            self._ended_keys |= ended
+            asks = [ask for ask in self._asks.values() if ask.key_id in ended]
+        self._store.writer.when_undone(lambda: self._ended_keys.difference_update(ended))
+        for ask in filter(Ask.take, asks):
+            for when in (self._store.writer.when_committed, self._store.writer.when_undone):
+                when(functools.partial(ask.answer, Reply(drain=ask.drain)))
+
     def _open(self, tx: Tx, ask: Ask) -> None:
         """Books a pull: what was acknowledged, what has to be sent again, and a place among those that ask."""
+        if ask.key_id in self._ended_keys:
+            ask.take()
+            self._store.writer.when_committed(lambda: ask.answer(Reply()))
+            return
         device = devices.check_device(tx, self._presence, ask.device_id, ask.boot_id)
         self._describe(ask, device)
         drain = ask.drain = device.wanted != "active"

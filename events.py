@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ class Events:
 
     def __init__(self, max_streams: int = 50) -> None:
         self._max_streams = max_streams
-        self._streams = 0
+        self._streams: Counter[int] = Counter()  # by key
         self._ring: deque[Event] = deque(maxlen=RING_SIZE)
         self._bell = threading.Condition()
         self._last_id = 0
@@ -42,7 +42,7 @@ class Events:
 
     @property
     def open_streams(self) -> int:
-        return self._streams
+        return self._streams.total()
 
     def hear(self, notes: list[Note]) -> None:
         """Logs and publishes what one commit brought."""
@@ -76,18 +76,24 @@ class Events:
                 last = event.id
                 yield event
 
-    def stream(self, after_id: int | None, may_go_on: Callable[[], bool] = lambda: True) -> Iterator[bytes] | None:
-        """The same as server-sent events; None when max_streams are open already. It ends before the line at which
-        `may_go_on` says no."""
+    def stream(
+        self, after_id: int | None, may_go_on: Callable[[], bool] = lambda: True, key_id: int | None = None,
+        *, hidden: str | None = None,
+    ) -> Iterator[bytes] | None:  # fmt: skip
+        """The same as server-sent events; None when max_streams are open already, or so many of this key: a fifth, or
+        all but a fifth for the one that many may share (0 or None). It ends before the line at which `may_go_on` says
+        no, and has no event of the kind `hidden`."""
+        key_id, fifth = key_id or 0, self._max_streams // 5
+        share = max(1, fifth) if key_id else self._max_streams - fifth
         with self._bell:
-            if self._streams >= self._max_streams or self._closed:
+            if self._closed or self._streams.total() >= self._max_streams or self._streams[key_id] >= share:
                 return None
-            self._streams += 1
+            self._streams[key_id] += 1
             # Now and not when the first line is asked for: what happens from here on is the caller's.
             last = self._last_id if after_id is None or after_id > self._last_id else after_id
-        return self._lines(last, may_go_on)
+        return self._lines(last, may_go_on, key_id, hidden)
 
-    def _lines(self, after_id: int, may_go_on: Callable[[], bool]) -> Iterator[bytes]:
+    def _lines(self, after_id: int, may_go_on: Callable[[], bool], key_id: int, hidden: str | None) -> Iterator[bytes]:
         try:
             yield b": hello\n\n"
             for event in self.follow(after_id):
@@ -95,12 +101,14 @@ class Events:
                     return
                 if event is None:
                     yield b": still here\n\n"
-                else:
+                elif event.kind != hidden:
                     data = json.dumps(event.facts, ensure_ascii=False)
                     yield f"id: {event.id}\nevent: {event.kind}\ndata: {data}\n\n".encode()
         finally:
             with self._bell:
-                self._streams -= 1
+                self._streams[key_id] -= 1
+                if not self._streams[key_id]:
+                    del self._streams[key_id]
 
     def close(self) -> None:
         """Ends every stream within a moment."""

@@ -10,7 +10,7 @@ import csv
 import io
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -22,6 +22,14 @@ FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 def begun(rows: Rows) -> Rows:
     """The same rows, with the first one read now: what fails at the start is an error reply and no broken file."""
     return itertools.chain([row for row in (next(rows, None),) if row is not None], rows)
+
+
+def while_allowed(lines: Iterator[bytes], may_go_on: Callable[[], bool]) -> Iterator[bytes]:
+    """The same lines, as long as whoever reads them may: then it breaks off, without an end mark."""
+    for line in lines:
+        if not may_go_on():
+            return
+        yield line
 
 
 def json_lines(rows: Rows) -> Iterator[bytes]:

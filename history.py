@@ -132,13 +132,15 @@ class History:
 
     def page(
         self, *, kind: str | None = None, device_id: str | None = None, verb: str | None = None,
-        after: float | None = None, limit: int, cursor: int | None = None,
+        after: float | None = None, limit: int, cursor: int | None = None, hidden: str | None = None,
     ) -> dict[str, Any]:  # fmt: skip
-        """{events, next_cursor}: newest first, ids below `cursor`, none that happened before `after`."""
+        """{events, next_cursor}: newest first, ids below `cursor`, none that happened before `after`, and none of the
+        kind `hidden`."""
         given = {"device_id": device_id, "verb": verb, "kind": kind}
         terms: dict[str, Any] = {f"{name} = ?": value for name, value in given.items() if value is not None}
         index = next((f"INDEXED BY event_{name.removesuffix('_id')}" for name, value in given.items() if value), "")
         terms |= {} if after is None else {"at >= ?": after}
+        terms |= {} if hidden is None else {"kind <> ?": hidden}
         where = " AND ".join(["id < ?", *terms])
         rows = self._reads.rows(
             f"SELECT id, at, kind, verb, facts FROM af_event {index} WHERE {where} ORDER BY id DESC LIMIT ?",

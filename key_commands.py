@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import audit
+import devices
 import keys
 import wire
 from access import ROLES
@@ -25,8 +26,13 @@ from audit import COMMAND
 from client import CommandFailed, Master, master_address
 from clock import Clock
 from settings import ExitCode, Settings
-from store import DatabaseInUse, Store, last_moment, lock_database
+from store import DatabaseInUse, Store, last_moment, lock_database, refuse_missing
 from transaction import Policy, Tx
+
+KEY_IS_NEEDED = (
+    "From now on nobody comes in without a key: the commands and the standalone of this machine take theirs from"
+    " AF_API_KEY, or from api_key in their config."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,9 +52,13 @@ def is_wanted(options: argparse.Namespace) -> bool:
 def run(settings: Settings, options: argparse.Namespace) -> int:
     """Does what the options say; its exit code. Raises DatabaseRefused and its kin, but for one in use."""
     path = Path(settings.database)
+    if not options.create_key:
+        refuse_missing(path)
     try:
         try:
             with lock_database(path):
+                if not path.exists():
+                    print(f"there was no database at {path}: a new one is made", file=sys.stderr)
                 return _in_the_file(settings, path, options)
         except DatabaseInUse:
             return _by_the_master(settings, options)
@@ -62,17 +72,18 @@ def _in_the_file(settings: Settings, path: Path, options: argparse.Namespace) ->
     store.open()
     try:
         held = keys.Keys(settings.api_key)
-        held.put(*store.write(keys.load))
+        held.load(store)
         if options.create_key:
             wanted = wire.decode(_wanted(options), wire.KeyIn)
-            if wanted.role != keys.ADMIN and not (held.has_config_key or held.has_admin):
+            if wanted.role != keys.ADMIN and not held.are_wanted:
                 raise keys.KeyRefused(409, "admin_key_first", keys.ADMIN_FIRST)
             key, text = store.write(_create, wanted)
-            _show_new(keys.as_json(key), text)
+            _show_new(settings, keys.as_json(key), text)
         elif options.revoke_key is not None:
-            if options.revoke_key == keys.CONFIG_KEY_ID or held.get(options.revoke_key) is None:
+            revoked = held.get(options.revoke_key)
+            if revoked is None:
                 raise keys.KeyRefused(404, "unknown_key", keys.UNKNOWN)
-            store.write(_revoke, options.revoke_key)
+            store.write(_revoke, held, revoked)
             print(f"key {options.revoke_key} is revoked", file=sys.stderr)
         else:
             _show_list([keys.as_json(key) for key in held.newest_first() if key.role != keys.DEVICE])
@@ -93,16 +104,21 @@ def _create(tx: Tx, wanted: wire.KeyIn) -> tuple[keys.Key, str]:
     return key, text
 
 
-def _revoke(tx: Tx, key_id: int) -> None:
-    keys.revoke(tx, [key_id])
-    audit.record(tx, COMMAND, "revoke_key", object=str(key_id), detail={})
+def _revoke(tx: Tx, held: keys.Keys, key: keys.Key) -> None:
+    keys.refuse_config_key(key)
+    if not held.has_config_key:
+        keys.refuse_last_admin(tx, key.id)
+    if key.device_id is not None:
+        devices.mark_revoked(tx, key.device_id, COMMAND.name)
+    keys.revoke(tx, [key.id])
+    audit.record(tx, COMMAND, "revoke_key", object=str(key.id), detail={})
 
 
 def _by_the_master(settings: Settings, options: argparse.Namespace) -> int:
     master = Master(master_address(settings, options), settings.api_key, trust=settings, attempts=1)
     if options.create_key:
         made = master.post("/keys", _wanted(options))
-        _show_new(made, made["key"])
+        _show_new(settings, made, made["key"])
     elif options.revoke_key is not None:
         master.delete(f"/keys/{options.revoke_key}")
         print(f"key {options.revoke_key} is revoked", file=sys.stderr)
@@ -116,9 +132,11 @@ def _by_the_master(settings: Settings, options: argparse.Namespace) -> int:
     return ExitCode.OK
 
 
-def _show_new(key: dict[str, Any], text: str) -> None:
+def _show_new(settings: Settings, key: dict[str, Any], text: str) -> None:
+    if key["role"] == keys.ADMIN and not settings.api_key:
+        print(KEY_IS_NEEDED, file=sys.stderr)
     ends = f", ends {key['expires_at']}" if key["expires_at"] else ""
-    uses = f", registers {key['uses_left']} devices" if key["uses_left"] is not None else ""
+    uses = f", registers {key['uses_left']} device{'s' * (key['uses_left'] != 1)}" if key["uses_left"] else ""
     print(f"key {key['id']}, {key['role']}, name {key['name']}{ends}{uses}. It is shown this once:", file=sys.stderr)
     print(text)
 

@@ -4,6 +4,8 @@ A key is `afk_{id}_{secret}`, the secret 192 random bits. It is shown once; kept
 in memory, so that a request asks no database; the functions with a `tx` run in the writer, and their caller tells
 `Keys` once it is durable. The config's `api_key` is an admin key with the id 0, which no table knows.
 
+Once an admin key was made, a database wants keys for ever, whatever becomes of that key: a row of af_meta says so.
+
 Which role may do what is no matter of this file: that is in access.py.
 """
 
@@ -17,7 +19,7 @@ import re
 import secrets
 import sqlite3
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,15 +33,25 @@ VIEWER, SUBMITTER, OPERATOR, ADMIN, ENROLL, DEVICE = KEY_ROLES
 CONFIG_KEY_ID = 0
 CONFIG_KEY_NAME = "api_key"
 ADMIN_FIRST = "Make an admin key first: until there is one, everybody on this machine may do everything without a key."
+LAST_ADMIN = "This is the only admin key: make another one first."
+CONFIGURED = (
+    "This is the api_key of the master's configuration: take it out there (or out of AF_API_KEY) and start the master"
+    " again."
+)
 UNKNOWN = "There is no such key; GET /keys, or python master.py --list-keys, lists them."
 ENROLL_DAYS, ENROLL_USES = 7, 1
 """What an enroll key gets when nobody says: one device, within a week."""
+TOKENS_OF_A_LOST_REPLY = 5
+"""So many tokens an enroll key gives one device whose registrations are answered and which uses none of them."""
 DAY_SECONDS = 86_400.0
 USES_A_WRITE = 1_000
 """Last uses are written in pieces of so many rows, in between which others write."""
 
 _TEXT = re.compile(rb"afk_([0-9]{1,18})_")
 _NOBODY = bytes(32)
+_RESERVED = re.compile(rf"{CONFIG_KEY_NAME}|command line|({'|'.join(KEY_ROLES)})-[0-9]+", re.IGNORECASE)
+"""What the audit log calls others, and keys that nobody gave a name."""
+_WANTED = "keys_wanted"
 
 
 class KeyRefused(Exception):
@@ -67,6 +79,7 @@ class Key:
     last_used_at: float | None = None
     last_used_from: str | None = None
     revoked_at: float | None = None
+    giver_id: int | None = None
 
     def has_ended(self, now: float) -> bool:
         """Revoked, or expired."""
@@ -87,7 +100,10 @@ class Keys:
             else None
         )
         self._by_id: dict[int, Key] = {}
-        self._admins: set[int] = set()
+        self.are_wanted = self._config is not None
+        """Whether nobody comes in without a key: one is configured, or an admin key was made here once."""
+        self.keep_first_use: Callable[[Key], object] | None = None
+        """Writes down at once that a device uses its token, so that no crash makes it one that never arrived."""
         self._used: set[int] = set()
         self._lock = threading.Lock()
 
@@ -95,17 +111,23 @@ class Keys:
     def has_config_key(self) -> bool:
         return self._config is not None
 
-    @property
-    def has_admin(self) -> bool:
-        """Whether an admin key was made and not revoked: an expired one still means that keys are wanted here."""
-        return bool(self._admins)
+    def load(self, store: Store) -> None:
+        """All keys of the database, at the start."""
+        found, are_wanted = store.write(_load)
+        self.put(*found)
+        self.are_wanted = self.are_wanted or are_wanted
+
+    def has_admin(self, now: float) -> bool:
+        """Whether an admin can come in."""
+        with self._lock:
+            held = [*self._by_id.values()]
+        return self.has_config_key or any(key.role == ADMIN and not key.has_ended(now) for key in held)
 
     def put(self, *keys: Key) -> None:
         with self._lock:
             for key in keys:
                 self._by_id[key.id] = key
-                if key.role == ADMIN and key.revoked_at is None:
-                    self._admins.add(key.id)
+                self.are_wanted = self.are_wanted or key.role == ADMIN
 
     def hear(self, notes: Sequence[Note]) -> None:
         """After a commit, in the writer's thread: before anybody else hears of it, a revoked key opens nothing."""
@@ -117,7 +139,6 @@ class Keys:
                         key.uses_left = note.facts["uses_left"]
                     elif key is not None:
                         key.revoked_at = note.facts["at"]
-                        self._admins.discard(key.id)
 
     def get(self, key_id: int) -> Key | None:
         return self._config if key_id == CONFIG_KEY_ID else self._by_id.get(key_id)
@@ -125,12 +146,6 @@ class Keys:
     def newest_first(self) -> list[Key]:
         with self._lock:
             return sorted(self._by_id.values(), key=lambda key: -key.id)
-
-    def other_admins(self, key_id: int, now: float) -> bool:
-        """Whether an admin could still come in without this key."""
-        with self._lock:
-            others = [self._by_id[other] for other in self._admins if other != key_id]
-        return self.has_config_key or any(not key.has_ended(now) for key in others)
 
     def find(self, text: bytes) -> Key | None:
         """The key of this text, revoked or expired ones too. What is compared are digests of equal length, as often for
@@ -145,9 +160,13 @@ class Keys:
         return key if is_right else None
 
     def note_use(self, key: Key, now: float, address: str) -> None:
-        """In memory; `write_uses` brings it into the table, once a minute and at the stop."""
+        """In memory; `write_uses` brings it into the table, once a minute and at the stop. Raises what a write raises
+        where a token is used for the first time."""
+        is_first = key.last_used_at is None
         key.last_used_at, key.last_used_from = now, address
         self._used.add(key.id)
+        if is_first and key.role == DEVICE and self.keep_first_use is not None:
+            self.keep_first_use(key)
 
     def write_uses(self, store: Store) -> None:
         """Brings the newest uses into the table."""
@@ -156,12 +175,12 @@ class Keys:
             # A copy, in one step: somebody may be about to add to it.
             keys = [self._by_id[key_id] for key_id in [*used] if key_id in self._by_id]
         for start in range(0, len(keys), USES_A_WRITE):
-            store.write(_write_uses, keys[start : start + USES_A_WRITE])
+            store.write(write_uses, keys[start : start + USES_A_WRITE])
 
 
 def as_json(key: Key) -> dict[str, Any]:
     """What may be told of it."""
-    told = {name: getattr(key, name) for name in COLUMNS if name != "digest"}
+    told = {name: getattr(key, name) for name in COLUMNS if name not in ("digest", "giver_id")}
     return {name: iso(value) if name.endswith("_at") else value for name, value in told.items()}
 
 
@@ -178,9 +197,11 @@ def has_admin(path: Path) -> bool:
 # ---- in the writer ----
 
 
-def load(tx: Tx) -> list[Key]:
+def _load(tx: Tx) -> tuple[list[Key], bool]:
+    """All keys, and whether they are wanted."""
     rows = tx.execute(f"SELECT {', '.join(COLUMNS)} FROM af_key").fetchall()
-    return [_of_row(row) for row in rows]
+    are_wanted = tx.one("SELECT 1 FROM af_meta WHERE key = ?", (_WANTED,)) is not None
+    return [_of_row(row) for row in rows], are_wanted
 
 
 def _of_row(row: Any) -> Key:
@@ -190,24 +211,59 @@ def _of_row(row: Any) -> Key:
 
 def create(
     tx: Tx, role: str, *, by: str, name: str | None = None, days: int | None = None, uses: int | None = None,
-    device_id: str | None = None,
+    device_id: str | None = None, giver_id: int | None = None,
 ) -> tuple[Key, str]:  # fmt: skip
-    """A new key, and its text, which is nowhere else. An enroll key ends after some days and some uses."""
+    """A new key, and its text, which is nowhere else. An enroll key ends after some days and some uses. Raises
+    KeyRefused for a name that would make somebody take it for another."""
+    if name is not None and role != DEVICE:
+        _refuse_name(tx, name)
+    if role == ADMIN:
+        tx.execute("INSERT OR IGNORE INTO af_meta (key, value) VALUES (?, ?)", (_WANTED, repr(tx.now)))
     if role == ENROLL:
         days, uses = days or ENROLL_DAYS, uses or ENROLL_USES
     expires_at = None if days is None else tx.now + days * DAY_SECONDS
     sql = (
-        "INSERT INTO af_key (name, role, digest, device_id, created_at, created_by, expires_at, uses_left)"
-        " VALUES (?, ?, '', ?, ?, ?, ?, ?)"
+        "INSERT INTO af_key (name, role, digest, device_id, created_at, created_by, expires_at, uses_left,"
+        " giver_id) VALUES (?, ?, '', ?, ?, ?, ?, ?, ?)"
     )
-    key_id = tx.execute(sql, (name or "", role, device_id, tx.now, by, expires_at, uses)).lastrowid
+    key_id = tx.execute(sql, (name or "", role, device_id, tx.now, by, expires_at, uses, giver_id)).lastrowid
     assert key_id is not None
     text = f"afk_{key_id}_{secrets.token_urlsafe(24)}"
     digest = hashlib.sha256(text.encode()).digest()
     name = name or f"{role}-{key_id}"
     tx.execute("UPDATE af_key SET name = ?, digest = ? WHERE id = ?", (name, digest.hex(), key_id))
     tx.note("access", "key_created", key=key_id, role=role, name=name, by=by)
-    return Key(key_id, name, role, digest, device_id, tx.now, by, expires_at, uses), text
+    return Key(key_id, name, role, digest, device_id, tx.now, by, expires_at, uses, giver_id=giver_id), text
+
+
+def _refuse_name(tx: Tx, name: str) -> None:
+    if _RESERVED.fullmatch(name):
+        raise KeyRefused(422, "name_reserved", f"No key may be called {name}: choose another name.", "name")
+    sql = (
+        f"SELECT 1 FROM af_key WHERE name = ? AND role <> '{DEVICE}' AND revoked_at IS NULL"
+        " AND (expires_at IS NULL OR expires_at > ?)"
+    )
+    if tx.one(sql, (name, tx.now)) is not None:
+        text = f"Another key is called {name}, and the audit log tells keys by their names: choose another name."
+        raise KeyRefused(409, "name_taken", text, "name")
+
+
+def refuse_config_key(key: Key) -> None:
+    """Raises KeyRefused for the one that no table knows."""
+    if key.id == CONFIG_KEY_ID:
+        raise KeyRefused(422, "invalid_field", CONFIGURED, "key_id")
+
+
+def refuse_last_admin(tx: Tx, key_id: int) -> None:
+    """Raises KeyRefused if no admin could come in without this key; in the transaction in which it is to be revoked, or
+    the last two could end each other at the same time."""
+    sql = (
+        f"SELECT 1 FROM af_key WHERE id = ? AND role = '{ADMIN}' AND revoked_at IS NULL AND NOT EXISTS (SELECT 1"
+        f" FROM af_key WHERE role = '{ADMIN}' AND id <> ? AND revoked_at IS NULL"
+        " AND (expires_at IS NULL OR expires_at > ?))"
+    )
+    if tx.one(sql, (key_id, key_id, tx.now)) is not None:
+        raise KeyRefused(409, "last_admin_key", LAST_ADMIN, "key_id")
 
 
 def revoke(tx: Tx, key_ids: Sequence[int]) -> None:
@@ -224,38 +280,45 @@ def tokens_of(tx: Tx, device_id: str) -> list[int]:
     return [key_id for (key_id,) in rows.fetchall()]
 
 
-def give_token(tx: Tx, held: Keys, giver: Key, device_id: str) -> tuple[Key, str]:
-    """A token for a device that registers with an enroll or an admin key; those it had before are revoked.
+def refuse_known(tx: Tx, held: Keys, giver: Key, device_id: str, *, is_known: bool) -> None:
+    """Before anything of a registration is done: raises KeyRefused if this enroll key may not register that device.
 
-    An enroll key may not take over a device that has one, but for a token that it gave itself and that was never used:
-    then the reply got lost. Raises KeyRefused.
+    It may not take over one that is known, but for a device that has only unused tokens of its own giving: then the
+    reply got lost. A device that was revoked or removed is not known.
     """
-    had = tokens_of(tx, device_id)
-    if giver.role == ENROLL and not _got_lost(held, giver, had):
-        if had:
-            text = (
-                f"Device {device_id} has a token already. If it lost it, or another machine is to have its name, an"
-                f" operator revokes the old one first: POST /devices/{device_id}/revoke."
-            )
-            raise KeyRefused(403, "device_known", text, "device_id")
-        sql = "UPDATE af_key SET uses_left = uses_left - 1 WHERE id = ? AND uses_left > 0 AND revoked_at IS NULL"
-        if not tx.execute(sql, (giver.id,)).rowcount:
-            text = f"The enroll key {giver.name} has registered all the devices that it was for; make another one."
-            raise KeyRefused(403, "enroll_key_used_up", text)
+    row = tx.one("SELECT uses_left FROM af_key WHERE id = ? AND revoked_at IS NULL", (giver.id,))
+    if is_known and not _got_lost(tx, held, giver, device_id):
+        text = (
+            f"Device {device_id} is known already. If it lost its token, or another machine is to have its name, an"
+            f" operator revokes the old one first: POST /devices/{device_id}/revoke."
+        )
+        raise KeyRefused(403, "device_known", text, "device_id")
+    if row is None or not (row[0] or is_known):
+        advice = "make another one on the master: python master.py --create-key enroll"
+        text = f"The enroll key {giver.name} has registered all the devices that it was for; {advice}"
+        raise KeyRefused(403, "enroll_key_used_up", text)
+
+
+def give_token(tx: Tx, giver: Key, device_id: str, *, is_known: bool) -> tuple[Key, str]:
+    """A token for a device that registers with an admin key, or with an enroll key that may (`refuse_known`); those it
+    had before are to be revoked."""
+    if giver.role == ENROLL and not is_known:
+        tx.execute("UPDATE af_key SET uses_left = uses_left - 1 WHERE id = ?", (giver.id,))
         uses_left = tx.one("SELECT uses_left FROM af_key WHERE id = ?", (giver.id,))[0]
         tx.note("access", "key_used", key=giver.id, uses_left=uses_left)
-    revoke(tx, had)
-    return create(tx, DEVICE, by=giver.name, name=device_id, device_id=device_id)
+    return create(tx, DEVICE, by=giver.name, name=device_id, device_id=device_id, giver_id=giver.id)
 
 
-def _got_lost(held: Keys, giver: Key, tokens: Sequence[int]) -> bool:
-    found = [held.get(token) for token in tokens]
-    return bool(found) and all(
-        token is not None and token.created_by == giver.name and token.last_used_at is None for token in found
-    )
+def _got_lost(tx: Tx, held: Keys, giver: Key, device_id: str) -> bool:
+    tokens = [held.get(token) for token in tokens_of(tx, device_id)]
+    if not tokens or any(one is None or one.giver_id != giver.id or one.last_used_at is not None for one in tokens):
+        return False
+    sql = "SELECT count(*) FROM af_key WHERE device_id = ? AND giver_id = ?"
+    given: int = tx.one(sql, (device_id, giver.id))[0]
+    return given < TOKENS_OF_A_LOST_REPLY
 
 
-def _write_uses(tx: Tx, keys: Sequence[Key]) -> None:
+def write_uses(tx: Tx, keys: Sequence[Key]) -> None:
     tx.connection.executemany(
         "UPDATE af_key SET last_used_at = ?, last_used_from = ? WHERE id = ?",
         [(key.last_used_at, key.last_used_from, key.id) for key in keys],

@@ -21,6 +21,7 @@ import gc
 import json
 import logging
 import os
+import shlex
 import sys
 import threading
 from pathlib import Path
@@ -35,7 +36,7 @@ import limits
 import retention
 import settings as settings_module
 import wire
-from access import Access
+from access import Access, session_secret
 from addresses import Addresses
 from api import Api, routes
 from api_limits import wanted_limits
@@ -59,7 +60,7 @@ from scheduler import Scheduler, Times
 from series import Series
 from server import CertificateUnusable, PortInUse, Server
 from settings import VERSION, ExitCode, Settings, SettingsError
-from store import DatabaseRefused, Store, last_moment, lock_database, refusal, refuse_bad_disk
+from store import DatabaseRefused, Store, last_moment, lock_database, refusal, refuse_bad_disk, refuse_missing
 from strategies import StrategyError
 from transaction import Policy
 from web import Gate, make_app
@@ -104,14 +105,17 @@ def main(argv: list[str] | None = None) -> int:
         print(f"master: {refused}", file=sys.stderr)
         return refused.exit_code
     except OSError as error:
-        print(f"master: {error}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"master: {where}{error.strerror or error}", file=sys.stderr)
         return ExitCode.DISK_FULL if error.errno == errno.ENOSPC else ExitCode.SETTINGS
 
 
 def _back_up(path: Path, folder: Path) -> int:
+    refuse_missing(path)
     made = back_up(path, folder)
-    print(f"backup {folder}: {path.name}, {made.files} files, {made.bytes} bytes, checked. To bring it back, stop the"
-          f" master and run python master.py --restore {folder}.")  # fmt: skip
+    print(f"backup {folder}: {path.name}, {made.files} files, {made.bytes} bytes, checked")
+    command = shlex.join(["python", "master.py", "--database", str(path), "--restore", str(folder)])
+    print(f"To bring it back, stop the master and run: {command}")
     return ExitCode.OK
 
 
@@ -148,7 +152,8 @@ def run(settings: Settings, path: Path, *, stop_with_stdin: bool = False) -> int
     store.write(lambda tx: tx.note("system", "master_started", version=VERSION))
     presence.expected_count = store.write(devices.count_devices)
     held_keys = keys.Keys(settings.api_key)
-    held_keys.put(*store.write(keys.load))
+    held_keys.load(store)
+    held_keys.keep_first_use = lambda key: store.write(keys.write_uses, [key])
     store.listeners.insert(0, held_keys.hear)
     reads = Reads(path)
     storage = store.writer.storage
@@ -184,7 +189,7 @@ def run(settings: Settings, path: Path, *, stop_with_stdin: bool = False) -> int
         dispatcher=dispatcher,
         presence=presence,
         events=events,
-        access=Access(settings, held_keys, wall=clock.now),
+        access=Access(settings, held_keys, secret=session_secret(path), wall=clock.now),
         audit=audit,
         metrics=Metrics(
             reads,
@@ -202,6 +207,8 @@ def run(settings: Settings, path: Path, *, stop_with_stdin: bool = False) -> int
 
     def announce() -> None:
         log.info("master ready url=%s database=%s", server.url, path)
+        if held_keys.are_wanted and not held_keys.has_admin(clock.now()):
+            log.warning("no admin key is in force: stop this master and run python master.py --create-key admin")
         if not settings_module.is_loopback(settings.host) and not settings.ssl_certificate:
             log.warning("without TLS everybody on the way can read the keys: see docs/deploy.md, or ssl_certificate")
         # One write with its line end: without a buffer (PYTHONUNBUFFERED) print would let a log line in between.
@@ -247,8 +254,8 @@ def run(settings: Settings, path: Path, *, stop_with_stdin: bool = False) -> int
 
 def refuse_open_host(settings: Settings, path: Path) -> None:
     """Who can be reached from other machines does not even listen without a key. Raises SettingsError."""
-    if settings_module.is_for_others(settings) and not settings.api_key and not keys.has_admin(path):
-        raise SettingsError("config", "host", settings.host, settings_module.OPEN_TO_ALL)
+    if not settings.api_key and not keys.has_admin(path):
+        settings_module.refuse_open(settings)
 
 
 def _limits(settings: Settings) -> list[limits.Limit]:

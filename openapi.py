@@ -52,6 +52,8 @@ class Operation(NamedTuple):
     """Of the body; one of another type is a file, which only its handler reads, piece by piece."""
     other_status: Optional[int] = None
     """Another good answer: 200 where nothing new came of it, 304 where the asker has it already."""
+    is_large: bool = False
+    """Tasks or results come in it: as much as max_body_bytes."""
 
 
 # ----------------------------------------------------------------------------------------- replies

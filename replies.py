@@ -16,11 +16,13 @@ Role = Literal["viewer", "submitter", "operator", "admin", "enroll", "device"]
 
 
 class SessionOut(Struct):
-    """Who asks: role null is nobody yet. key_needed false: the master takes everybody on its machine for an admin."""
+    """Who asks: role null is nobody yet. key_needed false: the master takes everybody on its machine for an admin.
+    uses_left: how many devices an enroll key may still register."""
 
     role: Optional[Role]
     name: Optional[str]
     key_needed: bool
+    uses_left: Union[int, UnsetType, None] = UNSET
 
 
 class KeyOut(Struct, kw_only=True):

@@ -185,7 +185,7 @@ class Scheduler:
 
     def probe_storage(self, tx: Tx) -> bool:
         """While the storage is in trouble: does it take writes again? Then devices get their full time, and before it
-        the time that they were told to keep away. True while the probe is there, to be removed by the next run."""
+        the time that they were told to wait. True while the probe is there, to be removed by the next run."""
         storage = self._store.writer.storage
         if storage.trouble:
             sql = "INSERT OR REPLACE INTO af_meta (key, value) VALUES ('probe', zeroblob(?))"

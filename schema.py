@@ -172,7 +172,7 @@ class Device(Table):
     max_concurrent_tasks = IntegerField(constraints=[SQL("DEFAULT 1")])
     boot_id = TextField(null=True)
     recent_boots = TextField(constraints=[SQL("DEFAULT '[]'")])
-    token_hash = TextField(null=True)
+    revoked_by = TextField(null=True)
     version = TextField(null=True)
     protocol = IntegerField(null=True)
     last_heartbeat_at = DoubleField(null=True)
@@ -401,6 +401,7 @@ class AccessKey(Table):
     last_used_at = DoubleField(null=True)
     last_used_from = TextField(null=True)
     revoked_at = DoubleField(null=True)
+    giver_id = IntegerField(null=True)
 
     class Meta:
         table_name = "af_key"
@@ -575,12 +576,13 @@ CREATE INDEX lane_batch ON af_lane (batch);
 CREATE INDEX batch_paused ON af_batch (state) WHERE state = 'paused';
 """,
     5: """
+ALTER TABLE af_device RENAME COLUMN token_hash TO revoked_by;
 CREATE TABLE "af_key" ("id" INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT, "name" TEXT NOT NULL, "role" TEXT NOT NULL
   CHECK (role = 'viewer' OR role = 'submitter' OR role = 'operator' OR role = 'admin' OR role = 'enroll'
   OR role = 'device'), "digest" TEXT NOT NULL, "device_id" TEXT, "created_at" REAL NOT NULL, "created_by" TEXT NOT NULL,
   "expires_at" REAL, "uses_left" INTEGER, "last_used_at" REAL, "last_used_from" TEXT, "revoked_at" REAL,
-  CHECK ((role = 'device') = (device_id IS NOT NULL)), CHECK ((role = 'enroll') = (uses_left IS NOT NULL)),
-  CHECK (uses_left IS NULL OR uses_left >= 0));
+  "giver_id" INTEGER, CHECK ((role = 'device') = (device_id IS NOT NULL)),
+  CHECK ((role = 'enroll') = (uses_left IS NOT NULL)), CHECK (uses_left IS NULL OR uses_left >= 0));
 CREATE TABLE "af_audit" ("id" INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT, "at" REAL NOT NULL, "actor" TEXT NOT NULL,
   "role" TEXT, "key_id" INTEGER, "address" TEXT NOT NULL, "action" TEXT NOT NULL, "object" TEXT,
   "outcome" TEXT NOT NULL, "detail" TEXT NOT NULL);

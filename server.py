@@ -334,7 +334,9 @@ def check_certificate(certificate: Path, key: Path) -> None:
             raise CertificateUnusable(
                 f"{path} cannot be read ({error.strerror}): give the master the right to"
             ) from None
-    text = key.read_text("latin-1")
+    text, chain = key.read_text("latin-1"), certificate.read_text("latin-1")
+    if "PRIVATE KEY-----" in chain and "BEGIN CERT" not in chain and "BEGIN CERT" in text:
+        raise CertificateUnusable(f"ssl_certificate and ssl_keyfile are swapped: {certificate} is the key")
     if "ENCRYPTED" in text:
         advice = f"openssl pkey -in {key} -out plain.pem, readable by its owner alone"
         raise CertificateUnusable(f"{key} is encrypted, and nobody is there to type its password: {advice}")

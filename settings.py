@@ -20,6 +20,7 @@ import logging
 import logging.handlers
 import os
 import re
+import ssl
 import sys
 import time
 import urllib.parse
@@ -54,6 +55,9 @@ PLAIN_HTTP = (
     "http:// goes through networks of others, who could read the key and the tasks; write https://, or insecure_http:"
     " true where something else encrypts the way, such as a VPN"
 )
+WANTS_TLS = "that port wants TLS; write https:// instead of http://"
+TLS_ALERT = repr("\x15\x03")[1:-1]
+"""In what is said of an answer that is no HTTP: how a server that wants TLS refuses everything else."""
 LONGEST_TEXT = 4096
 LARGEST_FILE_BYTES = 1024 * 1024
 
@@ -335,21 +339,26 @@ class Settings:
         300, "After which silence a device's tasks go to others.", "seconds", minimum=0.2, maximum=604800
     )
     enable_monitoring: bool = _key(True, "Whether beats carry machine figures, are kept, and /metrics exists.")
-    api_key: str = _key("", "What everybody must know who talks to the master.", secret=True, check=_check_api_key)
+    api_key: str = _key(
+        "", "The admin key of the configuration; on a device its enroll key, or the api_key.",
+        secret=True, check=_check_api_key,
+    )  # fmt: skip
 
     database: str = _key(
         "data/distribution.db", "The master's one file.", modes=_ON_MASTER, is_path=True, check=_check_not_empty
     )
     allow_network_filesystem: bool = _key(
-        False, "Whether the database may lie on NFS, SMB and the like, where SQLite's locks are not to be trusted.",
+        False, "Whether the database may lie on NFS, SMB and the like, where SQLite's locks are not to be trusted;"
+        " false ends a start there with 10.",
         modes=_ON_MASTER,
     )  # fmt: skip
     backup_folder: str = _key(
         "", "Where the master puts a backup each night; empty makes none.", modes=_ON_MASTER, is_path=True
     )
     backup_at: str = _key(
-        "03:30", "When it is made, by the clock on the wall.", "HH:MM", modes=_ON_MASTER, check=_check_time_of_day
-    )
+        "03:30", "When the nightly backup is made, by the clock on the wall.", "HH:MM",
+        modes=_ON_MASTER, check=_check_time_of_day,
+    )  # fmt: skip
     backup_keep: int = _key(
         7, "How many of its backups a master keeps.", "backups", modes=_ON_MASTER, minimum=1, maximum=1000
     )
@@ -378,11 +387,13 @@ class Settings:
         1500, "How many pulls may wait for work at once.", "pulls", modes=_ON_MASTER, minimum=1, maximum=20000
     )
     max_event_streams: int = _key(
-        50, "How many browsers may watch live.", "streams", modes=_ON_MASTER, minimum=1, maximum=5000
-    )
+        50, "How many browsers may watch live, a fifth of them with one key that was made.", "streams",
+        modes=_ON_MASTER, minimum=1, maximum=5000,
+    )  # fmt: skip
     max_body_bytes: int = _key(
-        8388608, "The largest request body.", "bytes", modes=_ON_MASTER, minimum=1024, maximum=1073741824
-    )
+        8388608, "The largest request body that brings tasks or results.", "bytes",
+        modes=_ON_MASTER, minimum=1024, maximum=1073741824,
+    )  # fmt: skip
     max_artifact_bytes: int = _key(
         536870912, "The largest file that a task may send.", "bytes", modes=_ON_MASTER, minimum=1, maximum=1099511627776
     )
@@ -496,6 +507,15 @@ class Settings:
 def is_for_others(settings: Settings) -> bool:
     """Whether other machines can ask this master: by its host, or through a proxy in front of it."""
     return not is_loopback(settings.host) or bool(settings.trusted_proxies)
+
+
+def refuse_open(settings: Settings, where: Callable[[str], str] = lambda name: "config") -> None:
+    """Raises SettingsError for a master without a key that other machines can ask."""
+    if not is_loopback(settings.host):
+        raise SettingsError(where("host"), "host", settings.host, OPEN_TO_ALL)
+    if settings.trusted_proxies:
+        advice = f"is set, so a key is needed: {OPEN_TO_ALL}"
+        raise SettingsError(where("trusted_proxies"), "trusted_proxies", settings.trusted_proxies, advice)
 
 
 def _setting_of(row: dataclasses.Field[Any]) -> Setting:
@@ -775,6 +795,15 @@ def _check_together(settings: Settings, sources: Mapping[str, str], *, starting:
         raise SettingsError(where("device_timeout"), "device_timeout", settings.device_timeout, advice)
     if not starting:
         return
+    if settings.ca_file and settings.mode != "master":
+        try:
+            is_folder = Path(settings.ca_file).is_dir()
+            files, folders = (None, settings.ca_file) if is_folder else (settings.ca_file, None)
+            ssl.create_default_context(cafile=files, capath=folders)
+        except OSError as error:
+            why = "it holds no certificate" if isinstance(error, ssl.SSLError) else error.strerror
+            advice = f"cannot be used ({why}); write the path of a readable PEM file of certificates"
+            raise SettingsError(where("ca_file"), "ca_file", settings.ca_file, advice) from None
     for name, other in (("ssl_certificate", "ssl_keyfile"), ("ssl_keyfile", "ssl_certificate")):
         if settings.mode != "worker" and getattr(settings, name) and not getattr(settings, other):
             advice = f"{other} is missing: TLS needs a certificate and its key; write both, or none for plain HTTP"
@@ -788,8 +817,8 @@ def _check_together(settings: Settings, sources: Mapping[str, str], *, starting:
         advice = "a worker needs a name of its own; write --device-id shop-7, AF_DEVICE_ID, or device_id in its file"
         raise SettingsError(where("device_id"), "device_id", "", advice)
     # A master may have an admin key in its database, so it looks for itself; the worker of a standalone needs this one.
-    if settings.mode == "standalone" and is_for_others(settings) and not settings.api_key:
-        raise SettingsError(where("host"), "host", settings.host, OPEN_TO_ALL)
+    if settings.mode == "standalone" and not settings.api_key:
+        refuse_open(settings, where)
 
 
 def load(
@@ -854,7 +883,10 @@ def from_arguments(
     except SettingsError as error:
         stop(error)
     if arguments.show_config:
-        print(describe(settings, sources))
+        try:
+            print(describe(settings, sources), flush=True)
+        except BrokenPipeError:  # as of `| head`; what is left would be tried again at the exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(ExitCode.OK)
     return settings, arguments
 

@@ -157,6 +157,13 @@ def lock_database(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def refuse_missing(path: Path) -> None:
+    """Raises DatabaseRefused where no start has made a database yet, nor a restore is about to put one."""
+    if not path.exists() and not restored_folder(path).exists():
+        advice = "name the right one with --config or --database; a start makes a new one"
+        raise DatabaseRefused(f"there is no database at {path}; {advice}")
+
+
 def create_database(path: Path) -> bool:
     """Makes the file with all its tables, readable by its owner alone; False if it was there and is ours already.
 
@@ -217,7 +224,9 @@ def check_database(path: Path, *, seconds: float = math.inf) -> None:
             )
         verdict = _quick_check(connection, path, seconds)
         marker = connection.execute("SELECT value FROM af_meta WHERE key = 'instance_id'").fetchone()
-    if verdict != "ok" or marker is None:
+    if verdict == "ok" and marker is None:
+        raise DatabaseRefused(f"{path} lacks its marker (af_meta instance_id): no master made it; restore a backup")
+    if verdict != "ok":
         found = " ".join(verdict.replace("*** in database main ***", "").split())  # SQLite's verdict has line ends
         raise DatabaseRefused(f"{path} is damaged ({found}); restore a backup")
 
@@ -324,13 +333,12 @@ def last_moment(path: Path) -> float:
 
 def backup_database(path: Path, target: Path) -> None:
     """Copies a live database page by page, syncs the copy and checks it. Raises DatabaseRefused or OSError."""
-    with (
-        contextlib.closing(sqlite3.connect(f"file:{_quoted(path)}?mode=ro", uri=True)) as source,
-        contextlib.closing(sqlite3.connect(target)) as copy,
-    ):
-        source.backup(copy)
-        copy.execute("PRAGMA journal_mode = delete")
-    target.chmod(0o600)
+    with contextlib.closing(sqlite3.connect(f"file:{_quoted(path)}?mode=ro", uri=True)) as source:
+        os.close(os.open(target, os.O_CREAT | os.O_RDWR, 0o600))  # SQLite would let others read it
+        target.chmod(0o600)  # also one that an upgrade left here
+        with contextlib.closing(sqlite3.connect(target)) as copy:
+            source.backup(copy)
+            copy.execute("PRAGMA journal_mode = delete")
     with target.open("rb") as written:
         os.fsync(written.fileno())
     sync_folder(target.parent)

@@ -24,9 +24,9 @@ from access import PUBLIC, SECURITY_HEADERS, Access, Refused, Who, holders, read
 from addresses import PEER, Addresses, NotAnAddress, is_this_machine, neighbourhood
 from artifacts import Busy, ChecksumWrong, NoRoom
 from audit import COUNTED, Audit
-from connections import Body, Connections, Crowded
+from connections import Body, Connections, Crowded, shares_with_key, shares_without_key
 from devices import DeviceConflict, Superseded, UnknownDevice
-from keys import DEVICE, KeyRefused
+from keys import ADMIN, DEVICE, ENROLL, OPERATOR, KeyRefused
 from latency import Latency
 from openapi import Operation
 from rates import DEVICE_SHARE, Rates
@@ -40,6 +40,13 @@ log = logging.getLogger("af.web")
 STATIC = Path(__file__).resolve().parent / "static"
 COMPRESSED = (".js", ".css", ".html", ".svg")
 WRITING = ("POST", "PUT", "DELETE", "PATCH")
+# What a body may have on a route that takes no tasks and no results. A device says what it holds: 10,000 attempts are
+# 0.8 MiB, and some of them have a message.
+PUBLIC_BODY_BYTES = 4 * 1024
+OPERATOR_BODY_BYTES = 256 * 1024
+DEVICE_BODY_BYTES = 2 * 1024 * 1024
+UNTOLD = ("/tasks", "/login", "/logout")
+"""Paths that leave no row in the audit log for each call: whoever has a small key could fill it with them."""
 HSTS = "max-age=31536000"
 """No browser that was here with TLS comes without it within a year."""
 
@@ -55,7 +62,7 @@ KNOWN_ERRORS: tuple[tuple[type[Exception], int, str, int], ...] = (
     (WriterStopped,   503, "stopping",        2),
     (StorageFailing,  503, "storage_failing", 30),
     (Busy,            503, "busy",            5),
-    (Crowded,   503, "busy",            5),
+    (Crowded,         503, "busy",            5),
     (NoRoom,          507, "storage_full",    60),
     (ChecksumWrong,   422, "checksum_wrong",  0),
 )  # fmt: skip
@@ -138,21 +145,40 @@ class Gate(NamedTuple):
             text = f"{who} asks too often; again in {seconds:.1f} s. max_requests_per_second says how often is allowed."
             raise Refused(429, "too_many_requests", text, {"Retry-After": str(math.ceil(seconds))})
 
-    def watch_body(self, environ: dict[str, Any], *, has_key: bool) -> None:
-        """From here on the body of this request is one that does not keep its thread for ever."""
+    def watch_body(self, environ: dict[str, Any], who: Who, role: str, access: Access) -> None:
+        """From here on the body of this request is one that does not keep its thread for ever; `role` is the route's.
+        With a key that a fleet shares, what it asks for tells an operator from a device."""
         if _has_unread_body(environ):
             length = str(environ.get("CONTENT_LENGTH") or "0")
+            is_operator = who.role in (OPERATOR, ADMIN) and not is_for_devices(role)
             environ["wsgi.input"] = Body(
-                environ["wsgi.input"], self.connections, client=environ["REMOTE_ADDR"], peer=environ[PEER],
-                length=int(length) if re.fullmatch("[0-9]{1,18}", length) else 0, has_key=has_key,
+                environ["wsgi.input"], self.connections, peer=environ[PEER],
+                length=int(length) if re.fullmatch("[0-9]{1,18}", length) else 0,
+                shares=shares_without_key(who.address) if role == PUBLIC else shares_with_key(
+                    who.address, who.key_id, is_device=who.device_id is not None, is_operator=is_operator),
+                is_wanted=lambda: access.is_in_force(who), refuse_unwanted=lambda: access.require_in_force(who),
             )  # fmt: skip
+
+
+def is_for_devices(role: str) -> bool:
+    """Whether devices call a route of this role."""
+    return not {DEVICE, ENROLL}.isdisjoint(role.split(", "))
+
+
+def largest_body(operation: Operation, max_body_bytes: int) -> int:
+    """The most bytes that a body of this route may have."""
+    if operation.is_large:
+        return max_body_bytes
+    largest = PUBLIC_BODY_BYTES if operation.role == PUBLIC else OPERATOR_BODY_BYTES
+    return min(DEVICE_BODY_BYTES if is_for_devices(operation.role) else largest, max_body_bytes)
 
 
 def make_app(
     routes: Iterable[tuple[str, Iterable[Route]]], access: Access, gate: Gate, max_body_bytes: int, latency: Latency
 ) -> bottle.Bottle:
-    """The WSGI application for (prefix, routes) pairs. Bodies over `max_body_bytes` are refused unread; `latency` is
-    told how long each reply took, but of those routes that wait for something to happen."""
+    """The WSGI application for (prefix, routes) pairs. Bodies over `max_body_bytes`, and over less where a route needs
+    less, are refused unread; `latency` is told how long each reply took, but of those routes that wait for something
+    to happen."""
     app = bottle.Bottle(autojson=False)
     app.add_hook("before_request", gate.let_in)
     for prefix, some in routes:
@@ -171,12 +197,12 @@ class _Endpoint:
         holders(route.operation.role)  # a route without a role that exists stops the start
         self._route = route
         self._asked = f"{route.operation.method} {route.operation.path}"
-        self._is_told = route.operation.method in WRITING and route.operation.path != "/tasks"
+        self._is_told = route.operation.method in WRITING and route.operation.path not in UNTOLD
         self._is_told = self._is_told and DEVICE not in route.operation.role
         self._latency = None if any(query.name == "wait" for query in route.operation.query) else latency
         self._access = access
         self._gate = gate
-        self._max_body_bytes = max_body_bytes
+        self._largest_body = largest_body(route.operation, max_body_bytes)
 
     def __call__(self, **names: str) -> bottle.HTTPResponse:
         environ = bottle.request.environ
@@ -196,11 +222,11 @@ class _Endpoint:
 
     def _handle(self, environ: dict[str, Any], names: dict[str, str], who: Who) -> Any:
         operation = self._route.operation
-        self._gate.watch_body(environ, has_key=operation.role != PUBLIC)
+        self._gate.watch_body(environ, who, operation.role, self._access)
         _refuse_unreadable_path(environ)
         # A file is read by its handler, which first looks whether it is wanted.
         is_read = operation.method in WRITING and operation.request_type == "application/json"
-        body = read_body(environ, self._max_body_bytes) if is_read else b""
+        body = read_body(environ, self._largest_body) if is_read else b""
         query = Query(environ.get("QUERY_STRING", ""))
         call = Call(body, query, names, who, environ, {})
         try:
@@ -212,7 +238,7 @@ class _Endpoint:
         return said
 
     def _tell(self, call: Call, outcome: str | None) -> None:
-        """Into the audit log; submissions and what devices say are not told, and who was not let in is counted."""
+        """Into the audit log; submissions and what devices say are not told, logins and who was not let in counted."""
         if outcome is not None and (self._is_told or "action" in call.told):
             named = wire.clean(" ".join(call.names.values()), 200)
             known = {"who": call.who, "action": self._route.handler.__name__, "object": named}

@@ -350,8 +350,9 @@ class Worker:
             log.warning("the master refuses the token of device=%s; it registers again: %s", me, error.detail)
             self.registered.clear()
         elif error.status in (401, 403) and error.code != "address_not_allowed":  # an address may change again
-            advice = "it stands in api_key of the config file, or in AF_API_KEY"
-            self.end(ExitCode.REFUSED, f"the master refuses this device's key ({error}); {advice}")
+            what = f"the master refuses this device's key ({error})" if error.key else "no key to register with"
+            advice = "write an enroll key, or the api_key, into api_key of its config or into AF_API_KEY"
+            self.end(ExitCode.REFUSED, f"device {me}: {what}; {advice}")
         elif error.status == 426:
             self.end(ExitCode.REFUSED, error.detail or "the master needs a newer worker.py: copy its version here")
         else:

@@ -1,8 +1,9 @@
 """How does a fresh machine get its database, its config files and a key?
 
 Creates what is missing: the database with its tables, and the three config files with one random api_key, readable by
-their owner only. Run again it changes nothing. --reset starts the database afresh and keeps a copy of the old one; the
-config files stay, because the devices know the key. It never prints the key, and never touches a database in use.
+their owner only; a --database stands in the files that it writes. Run again it changes nothing. --reset starts the
+database afresh and keeps a copy of the old one; the config files stay, because the devices know the key. It never
+prints the key, and never touches a database in use.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import datetime
 import json
 import os
 import secrets
+import shlex
 import sqlite3
 import sys
 from collections.abc import Sequence
@@ -28,6 +30,8 @@ OWN_VALUES = {
     "worker": {"device_id": "", "device_name": ""},
     "standalone": {"device_id": "standalone", "device_name": "Standalone"},
 }
+
+CONFIG_FOLDER = settings.ROOT / "config"
 
 # Stands in for the key while a file that has none yet is checked.
 PLACE_HOLDER = "a-key-that-is-about-to-be-written"
@@ -73,16 +77,20 @@ def read_config_files(folder: Path) -> dict[str, dict[str, object]]:
     return found
 
 
-def write_config_files(folder: Path, found: dict[str, dict[str, object]]) -> list[str]:
-    """Creates missing files and fills empty keys, one key for all; returns a line for each file it wrote."""
+def write_config_files(folder: Path, found: dict[str, dict[str, object]], database: Path | None = None) -> list[str]:
+    """Creates missing files and fills empty keys, one key for all; returns a line for each file it wrote. `database`:
+    the one that was named, which master and standalone find there from now on."""
     keys = [key for key in map(_key_in, found.values()) if key]
     key = keys[0] if keys else secrets.token_urlsafe(32)
     lines = []
     for mode in MODES:
         path = config_path(folder, mode)
+        named = {} if database is None or mode == "worker" else {"database": str(database)}
         if mode in found and _key_in(found[mode]):
+            if named and settings.load(mode, config_path=path, environ={}, starting=False).database != str(database):
+                lines.append(f"Note: {path} names another database; write {json.dumps(named)} into it.")
             continue
-        _write_private(path, {**(found.get(mode) or config_values(mode)), "api_key": key})
+        _write_private(path, {**(found.get(mode) or config_values(mode)), **named, "api_key": key})
         lines.append(f"{path}: " + ("the api_key is now in it" if mode in found else "created"))
     if len(set(keys)) > 1:
         lines.append(f"Note: the files in {folder} hold different api_keys; a worker needs its master's.")
@@ -204,7 +212,22 @@ def _run(arguments: argparse.Namespace) -> list[str]:
         lines = [reset_database(path) for path in paths]
     else:
         lines = [f"{path}: created" for path in paths if create_database(path)]
-    return lines + write_config_files(folder, found)
+    return lines + write_config_files(folder, found, paths[0] if arguments.database else None)
+
+
+def _next_steps(arguments: argparse.Namespace, *, was_changed: bool) -> list[str]:
+    """The commands that come next, with the files that these came with."""
+    is_elsewhere = bool(arguments.database) or Path(arguments.config_folder) != CONFIG_FOLDER
+    if was_changed:
+        config = shlex.quote(str(config_path(Path(arguments.config_folder).absolute(), "master")))
+        start = f"python master.py --config {config}" if is_elsewhere else "python standalone.py"
+        return [f"The api_key stands in the config files; to devices give enroll keys (docs/deploy.md). Start: {start}"]
+    if arguments.reset:
+        return []
+    given = ["--config-folder", arguments.config_folder] if is_elsewhere else []
+    given += ["--database", arguments.database] if arguments.database else []
+    command = shlex.join(["python", "scripts/init_distribution.py", *given, "--reset"])
+    return [f"To start the database afresh (the old one is backed up): {command}"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -212,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--reset", action="store_true", help="back the database up beside itself, then start afresh")
     parser.add_argument("--yes", action="store_true", help="with --reset: do not ask")
     parser.add_argument("--database", metavar="FILE", help="instead of the one in the config files")
-    parser.add_argument("--config-folder", metavar="FOLDER", default=str(settings.ROOT / "config"))
+    parser.add_argument("--config-folder", metavar="FOLDER", default=str(CONFIG_FOLDER))
     arguments = parser.parse_args(argv)
     try:
         lines = _run(arguments)
@@ -223,7 +246,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{error}; install the master's packages: pip install -r requirements.txt", file=sys.stderr)
         return ExitCode.SETTINGS
     except (OSError, sqlite3.Error) as error:
-        print(f"The database or a config file cannot be written: {error}", file=sys.stderr)
+        named = isinstance(error, OSError) and error.filename
+        why = f"{error.filename}: {error.strerror}" if named else error  # type: ignore[union-attr]
+        print(f"The database or a config file cannot be written: {why}", file=sys.stderr)
         return ExitCode.DATABASE_BAD
     except Exception as error:
         # The database's own refusals are known only once its module could be imported; each brings sentence and code.
@@ -232,10 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return int(error.exit_code)  # type: ignore[attr-defined]
     print("\n".join(lines) if lines else "Everything is there already; nothing was changed.")
-    if lines:
-        print("The api_key stands in the config files (copy the worker's to each device). Start: python standalone.py")
-    if not arguments.reset:
-        print("To start the database afresh (the old one is backed up): python scripts/init_distribution.py --reset")
+    print("\n".join(_next_steps(arguments, was_changed=bool(lines))))
     return ExitCode.OK
 
 

@@ -108,10 +108,10 @@ def api_page() -> str:
     text += (
         f"Everything is below `{prefix}`; `GET {prefix}/openapi.json` gives the same as an OpenAPI 3.1 document, with"
         " the replies. Send a key as `Authorization: Bearer KEY` or `X-API-Key: KEY`; a browser trades it for a cookie"
-        " at `/login`. No key is needed only while no `api_key` is configured, no admin key was made, and the master"
-        " listens on loopback. The config's `api_key` is an admin key. Errors are `application/problem+json` with a"
-        " stable `code`, a `detail` that says what to do and, where it applies, the `field`. Moments are text such as"
-        " `2026-11-25T13:59:07.123Z`, UTC.\n\n## Routes\n\n"
+        " at `/login`. No key is needed only while no `api_key` is configured, no admin key was ever made, and the"
+        " master listens on loopback. The config's `api_key` is an admin key. Errors are `application/problem+json`"
+        " with a stable `code`, a `detail` that says what to do and, where it applies, the `field`. Moments are text"
+        " such as `2026-11-25T13:59:07.123Z`, UTC.\n\n## Routes\n\n"
     )
     text += route_table(operations) + "\n## At the root\n\n" + route_table([route.operation for route in at_root])
     text += "\n## Who may do what\n\n" + MATRIX + role_matrix([route.operation for _, some in tables for route in some])
@@ -135,7 +135,8 @@ def route_table(operations: Sequence[openapi.Operation]) -> str:
 MATRIX = (
     "Each of viewer, submitter, operator and admin may do what the one before it may. A device's token is for that"
     " device alone: `403 not_your_device` for every other. An enroll key registers devices, so often and so long as it"
-    " says. `none` is somebody without a key. tests/test_roles.py asks a real master for every cell.\n\n"
+    " says. Routes for devices take keys in headers and no browser's session. Events of the kind `access` are for"
+    " admins. `none` is somebody without a key. tests/test_roles.py asks a real master for every cell.\n\n"
 )
 
 

@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import settings
-from access import PUBLIC, ROLES, Access, Failures, Refused, read_body, refuse_key_in_url
+from access import (
+    PUBLIC,
+    ROLES,
+    SESSION_SECONDS,
+    Access,
+    Failures,
+    Refused,
+    read_body,
+    refuse_key_in_url,
+    session_secret,
+)
+from backups import back_up
+from keys import Keys
+from store import create_database
 
 KEY = "correct-horse-battery-staple-1234567890"
 
@@ -34,6 +49,7 @@ def access(clock: Clock | None = None, **changes: Any) -> Access:
 def request(method: str = "GET", **headers: str) -> dict[str, Any]:
     """An environ; headers are named as HTTP_… without the prefix."""
     environ = {"REQUEST_METHOD": method, "HTTP_HOST": "127.0.0.1:8000", "REMOTE_ADDR": "192.0.2.7"}
+    environ["wsgi.url_scheme"] = "http"
     return {**environ, **{f"HTTP_{name.upper()}": value for name, value in headers.items()}}
 
 
@@ -132,6 +148,27 @@ def test_a_session_cannot_be_prolonged_by_hand() -> None:
     assert refusal(access().check, request(cookie=forged), "viewer").status == 401
 
 
+def test_who_reads_a_backup_cannot_sign_a_session(tmp_path: Path) -> None:
+    """It has all digests; the secret is beside the database and in no backup, and no session lasts longer than one."""
+    path = tmp_path / "distribution.db"
+    assert create_database(path)
+    secret = session_secret(path)
+    place = tmp_path / "distribution.db.sessions"
+    assert session_secret(path) == secret == place.read_bytes() and place.stat().st_mode & 0o777 == 0o600
+    back_up(path, tmp_path / "copy")
+    assert not [one for one in (tmp_path / "copy").rglob("*") if one.is_file() and secret in one.read_bytes()]
+    held = Keys(KEY)
+    rules, forger = Access(configured(), held, secret=secret), Access(configured(), held)
+    assert rules.check(request(cookie=cookie_of(rules.log_in(request("POST"), KEY)[1])), "viewer").by == "session"
+    forged = cookie_of(forger.log_in(request("POST"), KEY)[1])
+    assert refusal(rules.check, request(cookie=forged), "viewer").status == 401
+    key = held.get(0)
+    assert key is not None
+    signed = f"{int(time.time()) + SESSION_SECONDS + 3600}.{'0' * 16}.0"
+    late = f"af_session={signed}.{rules._sign(key, signed)}"
+    assert refusal(rules.check, request(cookie=late), "viewer").status == 401
+
+
 def test_a_session_is_for_tls_only_where_there_is_tls() -> None:
     environ = {**request("POST"), "wsgi.url_scheme": "https"}
     assert access().log_in(environ, KEY)[1].endswith("; Secure")
@@ -148,13 +185,14 @@ def test_log_out_makes_the_browser_forget() -> None:
 
 # -- other sites
 
-OURS = [{"sec_fetch_site": "same-origin"}, {"origin": "http://127.0.0.1:8000"}, {"origin": "https://127.0.0.1:8000"}]
+OURS = [{"sec_fetch_site": "same-origin"}, {"origin": "http://127.0.0.1:8000"}]
 STRANGE = [
     {"sec_fetch_site": "cross-site"},
     {"sec_fetch_site": "same-site"},
     {"sec_fetch_site": "none"},
     {"sec_fetch_site": "cross-site", "origin": "http://127.0.0.1:8000"},
     {"origin": "http://127.0.0.1:8001"},
+    {"origin": "https://127.0.0.1:8000"},
     {"origin": "https://evil.example"},
     {"origin": "null"},
     {"origin": "http://127.0.0.1:8000.evil.example"},

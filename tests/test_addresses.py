@@ -172,6 +172,16 @@ def test_behind_a_proxy_with_tls_the_cookie_is_secure_and_browsers_are_told_to_s
     assert "Secure" not in reply.headers["Set-Cookie"] and "Strict-Transport-Security" not in reply.headers
 
 
+def test_behind_a_proxy_with_tls_the_masters_own_page_is_the_one_with_https(proxied: Master) -> None:
+    entered = ask(proxied, "/api/distribution/login", "192.168.1.23", "POST", json={"key": KEY})
+    headers = {"Authorization": "", "Cookie": entered.headers["Set-Cookie"].partition(";")[0]}
+    headers["X-Forwarded-Proto"] = "https"
+    for origin, status in ((proxied.url.replace("http:", "https:"), 201), (proxied.url, 403)):
+        reply = ask(proxied, "/api/distribution/tasks", "192.168.1.23", "POST", json={"task_type": "nobody"},
+                    headers={**headers, "Origin": origin})  # fmt: skip
+        assert reply.status_code == status, reply.text
+
+
 def test_who_asks_too_often_waits_and_nobody_else_does(proxied: Master) -> None:
     started = time.monotonic()
     replies = [ask(proxied, "/no/such/path", "192.168.1.30") for _ in range(40)]
@@ -207,5 +217,6 @@ def test_a_proxy_in_front_is_others_who_can_ask_and_so_needs_a_key(tmp_path: Pat
     command = [sys.executable, str(ROOT / "master.py"), "--config", str(config), "--log-file", str(tmp_path / "log")]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment(), check=False)
     assert ended.returncode == ExitCode.SETTINGS and "--create-key admin" in ended.stderr
+    assert "trusted_proxies" in ended.stderr and "is set, so a key is needed" in ended.stderr
     closed = Access(Settings(mode="master", trusted_proxies=("127.0.0.1/32",)))
     assert not closed.is_open and Access(Settings(mode="master")).is_open

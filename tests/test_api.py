@@ -805,6 +805,7 @@ def test_a_browser_that_knows_the_key_reads_and_writes_from_our_page_only(locked
     before = locked.get("/tasks/stats")["by_state"]["pending"]
     assert submit(Origin=locked.url).status_code == 201
     problem(submit(Origin="https://evil.example"), 403, "foreign_origin")
+    problem(submit(Origin=locked.url.replace("http:", "https:")), 403, "foreign_origin")
     problem(submit(), 403, "foreign_origin")
     problem(submit(**{"Sec-Fetch-Site": "cross-site", "Origin": locked.url}), 403, "foreign_origin")
     assert locked.get("/tasks/stats")["by_state"]["pending"] == before + 1

@@ -268,7 +268,7 @@ def head_only(master: Master, task: dict[str, Any], length: int, header: str) ->
     return reply
 
 
-def begun(master: Master, task: dict[str, Any], content: bytes, announced: int) -> socket.socket:
+def begun(master: Master, task: dict[str, Any], content: bytes, announced: int, key: str = "") -> socket.socket:
     """An upload that has sent its first bytes; the master has them on its disk."""
     query = (
         f"device_id=shop-1&assignment_id={task['assignment_id']}&lease_id={task['lease_id']}&name=x&sha256={'0' * 64}"
@@ -276,7 +276,7 @@ def begun(master: Master, task: dict[str, Any], content: bytes, announced: int) 
     connection = socket.create_connection(("127.0.0.1", master.port), timeout=60)
     connection.sendall(
         f"PUT /api/distribution/tasks/artifacts?{query} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {OCTETS}\r\n"
-        f"Content-Length: {announced}\r\nAuthorization: Bearer {master.api_key}\r\n\r\n".encode()
+        f"Content-Length: {announced}\r\nAuthorization: Bearer {key or master.api_key}\r\n\r\n".encode()
         + content
     )
     incoming = folder_of(Path(master.settings["database"])) / "incoming"
@@ -291,6 +291,75 @@ def test_a_connection_that_ends_too_early_leaves_nothing(locked: Master) -> None
         pass
     wait_for("the half file to go", lambda: set(files_of(locked)) == before)
     assert upload(locked, task, name="x").status_code == 200
+
+
+def test_an_upload_of_a_revoked_device_ends_with_its_next_piece(programs: list[Program], tmp_path: Path) -> None:
+    master = Master(tmp_path, api_key="a-key-for-this-test-only")
+    programs.append(master)
+    task = pulled(master)
+    token = master.register("shop-1", wants_token=True)["token"]
+    with begun(master, task, b"x" * 300_000, 100_000_000, token) as sending:
+        master.call("POST", "/devices/shop-1/revoke", {})
+        sending.sendall(b"x" * 300_000)
+        reply = sending.recv(65536)
+    assert reply.startswith(b"HTTP/1.1 401 ") and b'"key_revoked"' in reply, reply
+    assert files_of(master) == []
+
+
+def test_one_device_has_a_quarter_of_the_places_and_the_others_have_the_rest() -> None:
+    places, quarter = artifacts.Places(), artifacts.MOVING_AT_ONCE // 4
+    large = 512 * 1024 * 1024
+    taken = [places.take(large, "shop-1") for _ in range(quarter)]
+    with pytest.raises(Busy, match="of this device"):
+        places.take(1, "shop-1")
+    taken += [places.take(1, f"shop-{number}") for number in range(2, 2 + 3 * quarter)]
+    with pytest.raises(Busy, match="32 files are coming in"):
+        places.take(1, "shop-99")
+    for upload in taken:
+        places.give_back(upload)
+    places.give_back(places.take(1, "shop-1"))
+
+
+def test_one_key_has_a_quarter_of_the_downloads(shelf: Shelf) -> None:
+    shelf.world.submit()
+    assert shelf.send(shelf.world.take()) == "accepted"
+    [row] = shelf.world.rows("SELECT * FROM af_artifact")
+
+    def begin(count: int, key_id: int | None) -> int:
+        before = len(begun)
+        with contextlib.suppress(Busy):
+            begun.extend(shelf.artifacts.open(row["task_id"], dict(row), key_id) for _ in range(count))
+        return len(begun) - before
+
+    begun: list[Any] = []
+    quarter = artifacts.MOVING_AT_ONCE // 4
+    for _ in range(2):
+        assert [begin(99, key_id) for key_id in (7, None, 0, 8)] == [quarter, 3 * quarter, 0, 0]
+        for parts in begun:
+            parts.close()
+        begun.clear()
+
+
+def test_a_large_upload_may_take_its_time_and_each_piece_of_it_has_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(artifacts, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def received(*seconds: float) -> int:
+        upload, count = artifacts.Upload(512 * 1024 * 1024, "shop-1"), 0
+
+        def come() -> Iterator[bytes]:
+            for wait in seconds:
+                now[0] += wait
+                yield b"x"
+
+        with contextlib.suppress(Busy):
+            for _ in artifacts.in_time(come(), upload):
+                count += 1
+        return count
+
+    assert received(*[75.0] * 400) == 400
+    assert received(75.0, 75.0, 77.0, 1.0) == 2, "nothing came for over a minute"
+    assert received(*[75.0] * 1000) == (60 + 512 * 64) // 75, "and it does not go on like that for ever"
 
 
 def test_uploads_that_stall_keep_no_place_for_ever(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

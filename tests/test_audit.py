@@ -18,7 +18,7 @@ from reads import Reads
 from scheduler import Scheduler, Times
 from writer import WriterBusy
 
-KEY = "a-configured-key-0123456789"
+KEY = "the-key-of-the-configuration"
 SOMEBODY = Who("ops", "operator", 3, None, "key", "192.0.2.7")
 
 
@@ -92,8 +92,7 @@ def test_logins_are_told_and_wrong_ones_are_counted(tmp_path: Any, programs: lis
     requests.post(f"{url}/logout", json={}, timeout=60)  # by nobody: no row, or anybody could fill the table
     told = {(row["actor"], row["action"], row["outcome"]): row["detail"] for row in entries(master)}
     assert told == {
-        ("api_key", "login", "ok"): {},
-        ("api_key", "logout", "ok"): {},
+        ("api_key", "login", "ok"): {"count": 1},
         ("127.0.0.1", "refused", "unauthorized"): {"count": 10, "first": "POST /login"},
         ("127.0.0.1", "refused", "too_many_failures"): {"count": 3, "first": "POST /login"},
     }
@@ -104,7 +103,40 @@ def test_logins_are_told_and_wrong_ones_are_counted(tmp_path: Any, programs: lis
     master.start()
     counted = {row["outcome"]: row["detail"] for row in entries(master, action="refused")}
     assert counted["too_many_failures"] == {"count": 4, "first": "POST /login"}
-    assert counted["key_in_url"] == {"count": 1, "first": "GET /devices"} and len(entries(master)) == 5
+    assert counted["key_in_url"] == {"count": 1, "first": "GET /devices"} and len(entries(master)) == 4
+
+
+def test_a_small_key_cannot_wash_the_log_away(master: Master) -> None:
+    made = master.call("POST", "/keys", {"role": "viewer", "name": "the wall"})
+    headers = {"Authorization": f"Bearer {made['key']}"}
+    for _ in range(3):
+        master.api("POST", "/login", {"key": made["key"]}).raise_for_status()
+        master.api("POST", "/logout", {}, headers=headers).raise_for_status()
+        assert master.api("POST", "/login", {}, headers=headers).status_code == 422
+    told = [(row["action"], row["outcome"], row["address"]) for row in entries(master, actor="the wall")]
+    assert 1 <= len(told) <= 2 and set(told) == {("login", "ok", "127.0.0.1")}  # 2 where a minute went by
+    assert sum(row["detail"]["count"] for row in entries(master, actor="the wall")) == 3
+    logins = master.get("/events/history?verb=login&limit=200")["events"]
+    assert 1 <= len([event for event in logins if event["facts"]["by"] == "the wall"]) <= 2
+
+
+def test_who_made_a_key_and_who_logs_in_is_for_admins_only(master: Master) -> None:
+    viewer = master.call("POST", "/keys", {"role": "viewer"})
+    headers = {"Authorization": f"Bearer {viewer['key']}"}
+    master.api("POST", "/login", {"key": viewer["key"]}).raise_for_status()
+    with master.api("GET", "/events", headers=headers, stream=True) as stream:
+        lines = stream.iter_lines()
+        assert next(lines) == b": hello"
+        master.call("POST", "/keys", {"role": "viewer"})
+        master.call("PUT", "/strategy", {"strategy": "random"})
+        seen = b""
+        while b"strategy" not in seen:
+            seen = next(lines)
+            assert b"access" not in seen and b"key_created" not in seen
+    assert master.get("/events/history?kind=access")["events"]
+    for query in ("", "?kind=access", "?verb=login"):
+        events = master.call("GET", f"/events/history{query}", headers=headers)["events"]
+        assert "access" not in {event["kind"] for event in events}
 
 
 def test_who_may_not_is_counted_under_the_name_of_the_key(master: Master, key: dict[str, Any]) -> None:
@@ -204,7 +236,7 @@ def test_a_flood_of_addresses_fills_neither_the_memory_nor_the_table(world: Worl
     for n in range(audit.REFUSALS_A_MINUTE + 500):
         refuse(book, f"10.0.{n // 256}.{n % 256}")
     book.flush()
-    assert len(book._refusals) == audit.REFUSALS_A_MINUTE + 1
+    assert len(book._counted) == audit.REFUSALS_A_MINUTE + 1
     assert counts(book)[0] == ("others", "unauthorized", 500)
     assert world.rows("SELECT count(*) AS n FROM af_audit") == [{"n": audit.REFUSALS_A_MINUTE + 1}]
 
@@ -234,6 +266,18 @@ def test_the_table_has_an_end_however_much_is_done(world: World, monkeypatch: py
         world.store.write(audit.record, SOMEBODY, "set_strategy", detail={})
     assert world.store.write(audit.forget, 0.0, 500) == 15
     assert [row["id"] for row in world.rows("SELECT id FROM af_audit ORDER BY id")] == list(range(16, 26))
+
+
+def test_what_anybody_can_cause_goes_first_when_there_is_too_much(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit, "MAX_ROWS", 10)
+    for action in ["set_strategy", *["login", "refused"] * 6, *["set_limits"] * 8]:
+        world.store.write(audit.record, SOMEBODY, action, detail={})
+    for _ in range(3):
+        world.store.write(audit.forget, 0.0, 5)
+    left = [row["action"] for row in world.rows("SELECT action FROM af_audit ORDER BY id")]
+    assert left == ["set_strategy", "login", *["set_limits"] * 8]
 
 
 def test_who_may_do_something_does_not_hang_on_whether_it_can_be_written_down() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import shutil
 import sqlite3
 import subprocess
@@ -66,6 +68,15 @@ def test_a_backup_has_the_database_its_files_and_says_what_it_is(world: World, t
     assert (tmp_path / "copy").stat().st_mode & 0o777 == 0o700
 
 
+def test_what_a_link_leads_to_does_not_get_into_a_backup(world: World, tmp_path: Path) -> None:
+    stored = leave_file(world.path)
+    beside = stored.parent.with_name("000001")
+    beside.symlink_to(stored.parent)
+    (stored.parent / "7.4.0123456789abcdef.link").symlink_to(stored)
+    assert back_up(world.path, tmp_path / "copy").files == 1
+    assert files_of(tmp_path / "copy" / world.path.name) == {stored.name}
+
+
 def test_a_backup_that_fails_leaves_nothing_that_looks_like_one(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,7 +99,7 @@ def test_a_damaged_copy_is_no_backup(world: World, tmp_path: Path, monkeypatch: 
 
     connect = sqlite3.connect
     monkeypatch.setattr(sqlite3, "connect", lambda *args, **options: connect(*args, **{"factory": Bad, **options}))
-    with pytest.raises(DatabaseRefused, match="damaged"):
+    with pytest.raises(DatabaseRefused, match="lacks its marker"):
         back_up(world.path, tmp_path / "copy")
     assert not list(tmp_path.glob("copy*"))
 
@@ -129,12 +140,23 @@ def nights(world: World, tmp_path: Path) -> Nights:
 
 
 def test_the_newest_are_kept_and_nothing_else_in_the_folder_is_touched(nights: Nights) -> None:
-    theirs = [nights.folder / "mine", nights.folder / "other-20260101T033000Z-abcd", nights.folder / "distribution-old"]
+    names = ("mine", "other-20260101T033000Z-abcd", "distribution-old", "distribution-by-hand.part")
+    theirs = [nights.folder / name for name in names]
     for path in theirs:
         path.mkdir(parents=True)
     made = [nights.make(at=time.time() - 1000 + n) for n in range(4)]
     assert nights.names() == [made[3], made[2]]
     assert all(path.is_dir() for path in theirs)
+
+
+def test_masters_that_share_a_folder_keep_each_its_own(nights: Nights, tmp_path: Path) -> None:
+    (tmp_path / "neighbour").mkdir()
+    with closing(World(tmp_path / "neighbour")) as world:
+        neighbour = Nights(world, nights.folder)
+        theirs = [neighbour.make(at=time.time() - 9000 + n) for n in range(2)]
+        assert nights.backups._is_due(time.time()) and nights.names() == []
+        mine = [nights.make(at=time.time() - 1000 + n) for n in range(3)]
+        assert nights.names() == mine[:0:-1] and neighbour.names() == theirs[::-1]
 
 
 def test_a_backup_that_fails_deletes_none(nights: Nights, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,8 +182,44 @@ def test_the_one_just_made_is_kept_whatever_the_clock_says(nights: Nights) -> No
 def test_what_was_cut_off_is_removed_by_the_next_one(nights: Nights) -> None:
     cut_off = nights.folder / "distribution-20260101T033000Z-abcd.part"
     cut_off.mkdir(parents=True)
+    (cut_off / backups.SAYS).touch()
     nights.make()
     assert not cut_off.exists() and len(nights.names()) == 1
+
+
+def test_what_somebody_makes_right_now_is_let_alone(nights: Nights, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = nights.folder / "distribution-20260101T033000Z-abcd"
+    copy = backups.backup_database
+
+    def copy_slowly(path: Path, target: Path) -> None:
+        monkeypatch.setattr(backups, "backup_database", copy)
+        mine.append(nights.make())
+        with pytest.raises(FileExistsError, match="another process makes a backup there now"):
+            back_up(path, theirs)
+        copy(path, target)
+
+    mine: list[str] = []
+    monkeypatch.setattr(backups, "backup_database", copy_slowly)
+    made = back_up(nights.world.path, theirs)
+    assert backups.read_backup(theirs) == made and nights.names() == [*mine, theirs.name]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{"at": "x"}, {"at": float("nan")}, {"at": float("inf")}, {"at": 1e300}, {"at": -1}, {"bytes": True},
+     {"bytes": 1.5}, {"files": 10**400}, {"seconds": None}],
+    ids=str,
+)  # fmt: skip
+def test_a_folder_that_says_what_makes_no_sense_is_no_backup(nights: Nights, said: dict[str, Any]) -> None:
+    says = nights.folder / nights.make() / backups.SAYS
+    says.write_text(json.dumps({**json.loads(says.read_text()), **said}))
+    assert nights.names() == []
+
+
+@pytest.mark.parametrize("text", ["", "[]", "7", "{}", "[" * 100_000], ids=["empty", "list", "number", "{}", "deep"])
+def test_what_is_no_description_is_no_backup(tmp_path: Path, text: str) -> None:
+    (tmp_path / backups.SAYS).write_text(text)
+    assert backups.read_backup(tmp_path) is None
 
 
 def test_files_that_a_backup_has_already_are_linked_and_outlive_it(nights: Nights) -> None:
@@ -303,7 +361,7 @@ def lives(tmp_path: Path) -> Iterator[Lives]:
 def test_a_restore_says_what_became_of_the_tasks(lives: Lives) -> None:
     text = lives.bring_back()
     assert "tasks: 4 (1 completed, 2 pending, 1 scheduled), 1 files" in text
-    assert "open attempts: 2 ended, their tasks wait again" in text and "2 leases made anew" in text
+    assert "open attempts: 2 ended, their tasks wait again" in text and "2 leases got a new number" in text
     assert "is kept as" in text and "runs again" in text and "revoked" in text
 
 
@@ -399,11 +457,17 @@ def test_an_older_schema_is_brought_up_to_date(tmp_path: Path) -> None:
         connection.executescript((Path(__file__).parent / "schema_1.sql").read_text())
         connection.execute("INSERT INTO af_meta VALUES ('instance_id', 'abc')")
         connection.commit()
+    back_up(old / "standalone.db", tmp_path / "copy")
+    assert json.loads((tmp_path / "copy" / backups.SAYS).read_text())["schema_version"] == 1
     path = tmp_path / "distribution.db"
     with lock_database(path):
         assert "tasks: 0 (none)" in restore(path, old, Policy())
     store.check_database(path)
     assert not list(tmp_path.glob("distribution.db.rest*")) and not kept_in(tmp_path)
+
+
+def replace_by_link(path: Path) -> None:
+    path.symlink_to(path.rename(path.parents[1] / "elsewhere"))
 
 
 @pytest.mark.parametrize(
@@ -415,8 +479,23 @@ def test_an_older_schema_is_brought_up_to_date(tmp_path: Path) -> None:
         lambda folder: (folder / "distribution.db").write_bytes(b"hello " * 1000),
         lambda folder: os.truncate(folder / "distribution.db", 8192),
         lambda folder: [(folder / "distribution.db").rename(folder / "a.db"), (folder / "b.db").touch()],
+        lambda folder: (folder / "backup.json").write_text('{"at": "x"}'),
+        lambda folder: replace_by_link(folder / "distribution.db"),
+        lambda folder: replace_by_link(folder / "distribution.db.artifacts"),
+        lambda folder: replace_by_link(folder / "distribution.db.artifacts" / "000000"),
     ],
-    ids=["no folder", "no database", "empty", "text", "cut off", "two"],
+    ids=[
+        "no folder",
+        "no database",
+        "empty",
+        "text",
+        "cut off",
+        "two",
+        "senseless",
+        "linked database",
+        "linked files",
+        "linked folder",
+    ],
 )
 def test_a_bad_backup_is_refused_and_changes_nothing(lives: Lives, spoil: Any) -> None:
     spoil(lives.backup)
@@ -533,6 +612,9 @@ def test_a_master_without_a_folder_makes_no_backup_and_says_what_to_write(master
 
 
 def test_a_master_makes_a_backup_by_itself_and_when_it_is_told(nightly: Master) -> None:
+    senseless = Path(nightly.settings["backup_folder"]) / "distribution-20260101T033000Z-abcd"
+    senseless.mkdir(parents=True, exist_ok=True)
+    (senseless / backups.SAYS).write_text('{"at": "x", "bytes": 1, "files": 1, "seconds": 1}')
     nightly.submit_one()
     [first] = wait_for("the first one, which is due at once", lambda: nightly.get("/system/backups")["backups"])
     made = nightly.call("POST", "/system/backup", {})
@@ -559,10 +641,22 @@ def test_a_folder_that_cannot_be_written_is_told_and_needs_a_person(nightly: Mas
     assert not [item for item in nightly.get("/system/overview")["attention"] if item["kind"] == "backup"]
 
 
+def test_a_backup_folder_that_is_of_no_use_is_said_at_the_start(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    Backups(world.path, tmp_path / "file" / "backups", "03:30", 7, world.store)
+    assert f"backup_folder {tmp_path / 'file' / 'backups'} cannot be used (Not a directory)" in caplog.text
+
+
 def test_a_restore_waits_for_the_master_to_stop_and_then_brings_it_all_back(nightly: Master, tmp_path: Path) -> None:
     kept = nightly.submit_one()
     done = command(nightly, "--backup", str(tmp_path / "by hand"))
     assert done.returncode == ExitCode.OK and "checked" in done.stdout, done.stderr
+    again = command(nightly, "--backup", str(tmp_path / "by hand"))
+    assert again.stderr.startswith(f"master: {tmp_path / 'by hand'}: a backup is never written over")
+    _, _, how = done.stdout.splitlines()[-1].partition("stop the master and run: ")
+    assert shlex.split(how)[2:] == ["--database", nightly.settings["database"], "--restore", str(tmp_path / "by hand")]
     later = nightly.submit_one()
     refused = command(nightly, "--restore", str(tmp_path / "by hand"))
     assert refused.returncode == ExitCode.DATABASE_IN_USE and f"process {nightly.process.pid}" in refused.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+from typing import Any
 
 import pytest
 
@@ -68,6 +69,24 @@ def test_more_streams_than_allowed_are_refused_until_one_ends() -> None:
     next(first)
     first.close()  # type: ignore[attr-defined]
     assert events.stream(None) is not None
+
+
+def test_one_key_has_a_fifth_of_the_streams_and_the_one_that_many_share_leaves_a_fifth() -> None:
+    def open_all(key_id: int | None) -> int:
+        streams = [events.stream(None, key_id=key_id) for _ in range(60)]
+        for stream in streams:
+            if stream is not None:
+                next(stream)
+                kept.append(stream)
+        return len(streams) - streams.count(None)
+
+    kept: list[Any] = []
+    events = Events(max_streams=50)
+    assert [open_all(key_id) for key_id in (7, None, 0, 8)] == [10, 40, 0, 0] and events.open_streams == 50
+    for stream in kept:
+        stream.close()
+    assert events.open_streams == 0
+    assert [open_all(key_id) for key_id in (0, 7, 8)] == [40, 10, 0]
 
 
 def test_closing_ends_every_stream_at_once_and_opens_no_more() -> None:

@@ -23,6 +23,7 @@ from populated import populate
 
 import access
 import api
+import web
 from openapi import Operation
 from values import CONTROL
 
@@ -150,8 +151,10 @@ def share(rows: list[Operation], inputs: dict[str, Any], every: int) -> Iterator
                 yield row, name, given
 
 
-def statuses_for(raw: bytes) -> tuple[int, ...]:
-    """400 for what is no JSON from its first byte on; else what is wrong first decides, its kind or how it goes on."""
+def statuses_for(row: Operation, raw: bytes) -> tuple[int, ...]:
+    """413 for what is larger than the route takes; 400 for what is no JSON from its first byte on; else what is wrong first decides, its kind or how it goes on."""
+    if len(raw) > web.largest_body(row, 8 * 1024 * 1024):
+        return (413,)
     begins = raw.lstrip(b" \t\r\n")[:1]
     return (400, 413, 422) if begins and begins in b'{["-0123456789tfn' else (400,)
 
@@ -166,7 +169,7 @@ def test_a_bad_body_is_refused_by_every_route(
     assert len(hostile.bodies()) >= 120
     for row, name, raw in share(TAKING, hostile.bodies(), every):
         reply = ask(connection, row.method, filled(row, names), raw)
-        refused(reply, (row.method, row.path, name), *statuses_for(raw))
+        refused(reply, (row.method, row.path, name), *statuses_for(row, raw))
         tried["bodies"] += 1
 
 

@@ -62,7 +62,7 @@ HOUSE: dict[str, tuple[str, str]] = {
         "artifacts audit db history schema storage store transaction",
         "a copy and its return are no matter of routes",
     ),
-    "artifacts": ("db judging reads store transaction writer", "where files lie is no matter of routes"),
+    "artifacts": ("connections db judging reads store transaction writer", "where files lie is no matter of routes"),
     "addresses": ("", "whose address it is can be told from the request alone"),
     "rates": ("", "how often is a number, whoever asks"),
     "connections": ("addresses", "a connection is a connection, whatever is asked on it"),
@@ -75,16 +75,16 @@ HOUSE: dict[str, tuple[str, str]] = {
         "a part of api.py, with a question of its own",
     ),
     "api_devices": (
-        "devices fleet reads settings store web wire writer",
+        "devices fleet reads settings store transaction web wire writer",
         "a part of api.py, with a question of its own",
     ),
     "api_keys": (
-        "access audit devices keys store transaction web wire",
+        "access audit devices dispatcher keys store transaction web wire",
         "a part of api.py, with a question of its own",
     ),
     "api_limits": ("backlog lanes limits store web wire", "a part of api.py, with a question of its own"),
     "api_system": (
-        "about access attention backlog backups dispatcher edge events fleet history latency openapi reads reasons scheduler schema series"
+        "about access attention audit backlog backups dispatcher edge events fleet history keys latency openapi reads reasons scheduler schema series"
         " settings store strategies web wire writer",
         "a part of api.py, with a question of its own",
     ),
@@ -95,7 +95,7 @@ HOUSE: dict[str, tuple[str, str]] = {
         "routes are thin; they never run tasks or talk to other servers",
     ),
     "key_commands": (
-        "access audit client clock keys settings store transaction wire",
+        "access audit client clock devices keys settings store transaction wire",
         "a command uses the file, or the public API of the master that has it",
     ),
     "server": ("granian", "how the app meets the network is no matter of the app"),

@@ -108,7 +108,8 @@ def test_a_file_without_a_key_of_its_own_gets_one_and_keeps_its_other_values(pla
     place.file("master").chmod(0o644)
     assert place.run().returncode == 0
     after = json.loads(place.file("master").read_text(encoding="utf-8"))
-    assert {**after, "api_key": ""} == {**values, "api_key": ""} and {after["api_key"]} == place.keys()
+    assert after == {**values, "database": str(place.database), "api_key": after["api_key"]}
+    assert {after["api_key"]} == place.keys()
     assert os.name == "nt" or stat.S_IMODE(place.file("master").stat().st_mode) == 0o600
 
 
@@ -118,6 +119,18 @@ def test_a_key_that_is_there_is_kept_and_given_to_the_others(place: Place) -> No
     place.file("worker").write_text(text)
     assert place.run().returncode == 0
     assert place.keys() == {"of-the-master-elsewhere"} and place.file("worker").read_text() == text
+
+
+def test_the_database_that_was_named_stands_in_the_files_so_that_every_later_command_opens_it(place: Place) -> None:
+    run = place.run()
+    for mode in ("master", "standalone"):
+        path = place.file(mode)
+        assert settings.load(mode, config_path=path, environ={}, starting=False).database == str(place.database)
+    assert f"python master.py --config {place.file('master')}" in run.stdout and "--reset" not in run.stdout
+    again = place.run().stdout
+    assert f"--config-folder {place.config} --database {place.database} --reset" in again
+    place.database = place.database.with_name("other.db")
+    assert f"{place.file('master')} names another database" in place.run().stdout
 
 
 def test_a_mistake_in_one_file_changes_nothing(place: Place) -> None:
@@ -143,7 +156,7 @@ def test_a_database_of_another_program_is_left_alone(place: Place) -> None:
 def test_a_folder_that_cannot_be_made_is_one_sentence(place: Place) -> None:
     place.config.parent.joinpath("data").write_text("a file")
     run = place.run()
-    assert run.returncode == ExitCode.DATABASE_BAD and "cannot be written" in one_sentence(run)
+    assert run.returncode == ExitCode.DATABASE_BAD and "cannot be written: /" in one_sentence(run)
 
 
 # ---- reset ----

@@ -10,21 +10,29 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import requests
 from farm import ROOT, Master, Program, Worker, environment, farm, wait_for
+from world import World
 
+import db
 import keys
-from access import Access, Refused
+import wire
+from access import Access, Refused, Who
+from api import Api
+from api_keys import KeyHandlers
+from dispatcher import Reply
 from executors.device import doctor
 from master import main, refuse_open_host
 from settings import ExitCode, Settings, SettingsError
 from store import Store
-from transaction import Policy
+from transaction import Policy, Tx
+from web import Call
 
-KEY = "a-configured-key-0123456789"
+KEY = "the-key-of-the-configuration"
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +227,53 @@ def test_the_last_admin_key_cannot_be_revoked_and_the_first_one_closes_an_open_m
     assert ask(master, second["key"], "GET", "/devices").status_code == 200
 
 
+def test_two_last_admin_keys_cannot_end_each_other_at_the_same_time(world: World) -> None:
+    """Both requests saw both keys: what one commit changed is not in the other's memory yet."""
+    handlers, held = KeyHandlers(), keys.Keys()
+    held.put(*(world.store.write(keys.create, "admin", by="me")[0] for _ in range(2)))
+    handlers.store, handlers.access = world.store, Access(Settings(), held)
+    handlers.presence, handlers.dispatcher = world.presence, world.dispatcher
+
+    def end(key_id: int, by: int) -> None:
+        who = Who(f"admin-{by}", "admin", by, None, "key", "127.0.0.1")
+        handlers.revoke_key(Call(b"", wire.Query(""), {"key_id": str(key_id)}, who, {}, {}))
+
+    end(1, by=2)
+    with pytest.raises(keys.KeyRefused, match="only admin key"):
+        end(2, by=1)
+    assert world.rows("SELECT id FROM af_key WHERE revoked_at IS NULL") == [{"id": 2}]
+
+
+def test_a_database_that_had_an_admin_key_wants_keys_for_ever(world: World) -> None:
+    def held() -> keys.Keys:
+        found = keys.Keys()
+        found.load(world.store)
+        return found
+
+    assert Access(Settings(), held()).is_open
+    world.store.write(keys.create, "admin", by="me", days=1)
+    world.now += 400 * 86400
+    assert world.store.write(keys.forget_ended, world.now - 86400, 10) == 1
+    world.reopen()
+    assert held().newest_first() == [] and not held().has_admin(world.now)
+    assert not Access(Settings(), held()).is_open
+
+
+def test_a_key_has_a_name_of_its_own(master: Master) -> None:
+    for name in ("api_key", "API_KEY", "command line", "admin-7"):
+        assert code(master.api("POST", "/keys", {"role": "viewer", "name": name})) == (422, "name_reserved")
+    first = make(master, "viewer", name="anna")
+    assert code(master.api("POST", "/keys", {"role": "admin", "name": "anna"})) == (409, "name_taken")
+    master.call("DELETE", f"/keys/{first['id']}")
+    assert make(master, "viewer", name="anna")["id"] > first["id"]
+    assert register(master, make(master, "enroll")["key"], "anna").status_code == 200  # a device's name is its own
+
+
+def test_the_configured_key_is_revoked_where_it_is_configured(master: Master) -> None:
+    response = master.api("DELETE", "/keys/0")
+    assert code(response) == (422, "invalid_field") and "configuration" in response.json()["detail"]
+
+
 def test_a_master_that_others_can_reach_needs_an_api_key_or_an_admin_key_in_its_database(tmp_path: Path) -> None:
     path = tmp_path / "distribution.db"
     reachable = Settings(mode="master", host="0.0.0.0", database=str(path))
@@ -253,7 +308,8 @@ def test_an_enroll_key_registers_devices_as_often_as_it_says_and_does_nothing_el
     for n, token in enumerate(tokens):
         assert ask(master, token, "GET", f"/tasks/pull?device_id=fleet-{n}&boot_id=boot-1").status_code == 200
     assert code(ask(master, made["key"], "GET", "/tasks/pull?device_id=fleet-0")) == (403, "forbidden")
-    assert code(ask(master, made["key"], "GET", "/devices")) == (403, "forbidden")
+    refused = ask(master, made["key"], "GET", "/devices")
+    assert code(refused) == (403, "forbidden") and "of the role viewer or higher" in refused.json()["detail"]
 
 
 def test_of_many_devices_with_one_use_exactly_one_gets_in(master: Master) -> None:
@@ -285,6 +341,118 @@ def test_an_enroll_key_cannot_take_over_a_device_but_a_lost_reply_costs_nothing(
     assert code(register(master, other["key"], "warehouse", boot_id="boot-3")) == (403, "device_known")
     assert listed(master, other["id"])["uses_left"] == 5
     assert ask(master, token, "GET", "/tasks/pull?device_id=warehouse&boot_id=boot-2").status_code == 200
+
+
+def test_whom_an_enroll_key_may_not_register_is_refused_before_anything_is_done(master: Master) -> None:
+    """Also a device without a token of its own, until somebody revokes it."""
+    register(master, KEY, "till", wants_token=False).raise_for_status()
+    ask(master, KEY, "POST", "/devices/till/heartbeat", {"boot_id": "boot-1", "seq": 1, "leaving": True})
+
+    def known() -> dict[str, Any]:
+        return {name: value for name, value in master.get("/devices/till").items() if not name.startswith("seconds_")}
+
+    before = known()
+    made = make(master, "enroll")
+    for n in range(4):
+        assert code(register(master, made["key"], "till", boot_id=f"other-{n}")) == (403, "device_known")
+    assert known() == before and before["status"] == "offline"
+    assert (
+        register(master, KEY, "till", wants_token=False, boot_id="boot-2").json()["status"] == "online"
+    )  # no conflict
+    assert listed(master, made["id"])["uses_left"] == 1
+    assert master.call("POST", "/devices/till/revoke", {}) == {"device_id": "till", "tokens": 0, "tasks": 0}
+    assert "token" in register(master, made["key"], "till", boot_id="other").json()
+    again = make(master, "enroll")["key"]
+    master.call("DELETE", f"/keys/{listed_token(master, 'till')['id']}")
+    assert "token" in register(master, again, "till", boot_id="third").json()
+    assert code(register(master, make(master, "enroll")["key"], "till")) == (403, "device_known")  # as before all this
+
+
+def listed_token(master: Master, device_id: str) -> dict[str, Any]:
+    found = master.get(f"/keys?device_id={device_id}")["keys"]
+    return next(key for key in found if key["revoked_at"] is None)
+
+
+def test_a_reply_gets_lost_a_few_times_and_only_to_the_key_that_gave_it(master: Master) -> None:
+    made = make(master, "enroll", name="the van's")
+    for _ in range(keys.TOKENS_OF_A_LOST_REPLY):
+        register(master, made["key"], "van").raise_for_status()
+    assert code(register(master, made["key"], "van")) == (403, "device_known")
+    other = make(master, "enroll", name="a bike's")
+    register(master, other["key"], "bike").raise_for_status()
+    master.call("DELETE", f"/keys/{other['id']}")
+    namesake = make(master, "enroll", name="a bike's")
+    assert code(register(master, namesake["key"], "bike")) == (403, "device_known")
+
+
+def test_the_first_use_of_a_token_is_written_down_at_once(master: Master) -> None:
+    """Else after a kill it would be one whose reply got lost, and its enroll key could have the device."""
+    device_id, token = enrolled(master)
+    ask(master, token, "GET", f"/tasks/pull?device_id={device_id}&boot_id=boot-1").raise_for_status()
+    with contextlib.closing(sqlite3.connect(master.folder / "distribution.db")) as connection:
+        sql = "SELECT last_used_at FROM af_key WHERE device_id = ?"
+        assert connection.execute(sql, (device_id,)).fetchone()[0] is not None
+
+
+def test_with_a_device_go_its_tokens(master: Master) -> None:
+    device_id, token = enrolled(master)
+    ask(master, token, "POST", f"/devices/{device_id}/heartbeat", {"boot_id": "boot-1", "seq": 1, "leaving": True})
+    master.call("DELETE", f"/devices/{device_id}")
+    assert code(ask(master, token, "GET", f"/tasks/pull?device_id={device_id}")) == (401, "key_revoked")
+    assert "token" in register(master, make(master, "enroll")["key"], device_id).json()
+    with contextlib.closing(sqlite3.connect(master.folder / "distribution.db", timeout=60)) as connection:
+        connection.execute("DELETE FROM af_device WHERE device_id = ?", (device_id,))  # as an older master did
+        connection.commit()
+    assert master.call("DELETE", f"/keys/{listed_token(master, device_id)['id']}")["revoked_at"]
+
+
+def test_a_pull_that_is_held_ends_with_its_key_of_whatever_kind(master: Master) -> None:
+    made = make(master, "admin")
+    body = {"device_id": "shared", "boot_id": "boot-1", "protocol": 1, "task_types": ["echo"]}
+    ask(master, made["key"], "POST", "/devices/register", body).raise_for_status()
+    url = f"{master.url}/api/distribution/tasks/pull?device_id=shared&boot_id=boot-1&wait=25"
+    held: list[requests.Response] = []
+    pull = threading.Thread(
+        target=lambda: held.append(requests.get(url, headers={"X-API-Key": made["key"]}, timeout=60))
+    )
+    before = master.get("/system/overview")["held_polls"]
+    pull.start()
+    wait_for("the open pull", lambda: master.get("/system/overview")["held_polls"] > before)
+    master.call("DELETE", f"/keys/{made['id']}")
+    task = master.submit_one(pinned_device_id="shared")
+    pull.join(60)
+    assert held[0].json()["tasks"] == [] and master.get(f"/tasks/{task}")["status"] == "pending"
+    master.call("POST", f"/tasks/{task}/cancel", {})
+
+
+def test_what_is_revoked_and_what_is_submitted_in_one_commit_do_not_meet(world: World) -> None:
+    world.register("shop-1")
+    replies: list[Reply] = []
+    pull = threading.Thread(
+        target=lambda: replies.append(world.dispatcher.pull("shop-1", "boot-1", 1, 20.0, key_id=5)), daemon=True
+    )
+    pull.start()
+    wait_for("the open pull", lambda: world.dispatcher.is_asking("shop-1"))
+
+    def both(tx: Tx) -> None:
+        world.dispatcher.end_keys([5])
+        db.submit(tx, [db.NewTask("echo")])
+
+    world.store.write(both)
+    pull.join(60)
+    assert replies[0].tasks == []
+    assert world.dispatcher.pull("shop-1", "boot-1", 1, 20.0, key_id=5).tasks == []
+    assert len(world.dispatcher.pull("shop-1", "boot-1", 1, 0.0, key_id=6).tasks) == 1
+
+
+def test_an_export_breaks_off_when_its_key_ends() -> None:
+    is_in_force = iter([True, False])
+    access = SimpleNamespace(is_in_force=lambda who: next(is_in_force))
+    reads = SimpleNamespace(export=lambda *_, **__: iter([{"id": n} for n in range(5)]))
+    call = Call(b"", wire.Query(""), {}, Who("x", "viewer", 1, None, "key", "127.0.0.1"), {}, {})
+    lines = Api.export_tasks(SimpleNamespace(access=access, reads=reads), call).content  # type: ignore[arg-type]
+    assert list(lines) == [b'{"id":0}\n']
+    lines.close()
 
 
 def test_an_admin_key_gives_a_device_a_new_token_in_place_of_the_old_one(master: Master) -> None:
@@ -356,7 +524,7 @@ def test_a_revoked_device_is_answered_at_once_and_its_tasks_go_back_uncounted(ma
     assert (found["status"], found["lost_count"], found["retry_count"]) == ("pending", 0, 0)
     assert master.get(f"/devices/{device_id}")["status"] == "offline"
     assert code(ask(master, token, "POST", "/tasks/report", start)) == (401, "key_revoked")
-    assert code(master.api("POST", f"/devices/{device_id}/revoke", {})) == (409, "no_token")
+    assert master.call("POST", f"/devices/{device_id}/revoke", {})["tokens"] == 0
     assert code(master.api("POST", "/devices/nobody/revoke", {})) == (404, "unknown_device")
     again = register(master, make(master, "enroll")["key"], device_id).json()
     assert ask(master, again["token"], "GET", f"/tasks/pull?device_id={device_id}&boot_id=boot-1").status_code == 200
@@ -432,7 +600,16 @@ def test_a_worker_with_a_key_of_another_role_says_so_and_ends(
     worker = Worker(master.url, tmp_path, "pi-3", api_key=make(master, "viewer")["key"])
     programs.append(worker)
     assert worker.wait() == ExitCode.REFUSED
-    assert "role viewer" in worker.output
+    assert "role viewer" in worker.output and "write an enroll key" in worker.output
+
+
+def test_a_worker_without_any_key_is_told_where_to_write_one(
+    master: Master, tmp_path: Path, programs: list[Program]
+) -> None:
+    worker = Worker(master.url, tmp_path, "pi-6")
+    programs.append(worker)
+    assert worker.wait() == ExitCode.REFUSED
+    assert "no key to register with; write an enroll key" in worker.output and "AF_API_KEY" in worker.output
 
 
 def test_the_doctor_knows_whose_key_it_is(master: Master, tmp_path: Path) -> None:
@@ -446,6 +623,13 @@ def test_the_doctor_knows_whose_key_it_is(master: Master, tmp_path: Path) -> Non
     assert mark == "fix" and "role viewer" in text and "--create-key enroll" in text
     enroll = make(master, "enroll")["key"]
     assert said(enroll) == ("ok", "an enroll key: the first start trades it for a token of this device's own")
+    used_up = make(master, "enroll")
+    register(master, used_up["key"], "pi-5").raise_for_status()
+    mark, text = said(used_up["key"])
+    assert mark == "fix" and "registered all the devices" in text and "--create-key enroll" in text
+    master.call("DELETE", f"/keys/{used_up['id']}")
+    mark, text = said(used_up["key"])
+    assert mark == "fix" and "was revoked" in text and "--create-key enroll" in text
     (tmp_path / "pi-4").mkdir()
     (tmp_path / "pi-4" / "token").write_text(register(master, enroll, "pi-4").json()["token"])
     assert said("") == ("ok", "accepted: a token of this device's own")
@@ -478,6 +662,8 @@ def test_keys_are_made_listed_and_revoked_on_the_command_line_with_and_without_a
     exit_code, out, said = command(master, "--create-key", "viewer")
     assert (exit_code, out) == (ExitCode.SETTINGS, "") and "admin key first" in said
     root = command(master, "--create-key", "admin", "--name", "root")[1].strip()
+    exit_code, _, said = command(master, "--revoke-key", "1")
+    assert exit_code == ExitCode.SETTINGS and "make another one first" in said
     exit_code, out, said = command(master, "--create-key", "enroll", "--uses", "3", "--days", "2")
     assert exit_code == 0 and "registers 3 devices" in said and out.strip() not in said
     master.start()
@@ -499,6 +685,24 @@ def test_keys_are_made_listed_and_revoked_on_the_command_line_with_and_without_a
         (row["actor"], row["action"], row["object"]) for row in ask(master, root, "GET", "/audit").json()["entries"]
     }
     assert {("command line", "revoke_key", "2"), ("root", "revoke_key", "3")} <= told
+
+
+def test_a_wrong_path_makes_no_new_database_to_list_or_revoke_keys_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AF_API_KEY", "")
+    path = tmp_path / "no" / "distribution.db"
+    for wanted in (["--list-keys"], ["--revoke-key", "1"], ["--backup", str(tmp_path / "copy")]):
+        assert main(["--database", str(path), *wanted]) == ExitCode.DATABASE_BAD
+        said = capsys.readouterr().err
+        assert f"there is no database at {path}" in said and "--config or --database" in said
+        assert not path.parent.exists()
+    assert main(["--database", str(path), "--create-key", "admin"]) == ExitCode.OK
+    said = capsys.readouterr().err
+    assert f"there was no database at {path}" in said and "nobody comes in without a key" in said
+    assert main(["--database", str(path), "--create-key", "viewer"]) == ExitCode.OK
+    said = capsys.readouterr().err
+    assert "no database" not in said and "without a key" not in said
 
 
 def test_a_new_key_is_all_that_goes_to_standard_output(tmp_path: Path) -> None:

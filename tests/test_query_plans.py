@@ -144,7 +144,7 @@ def act(master: Master, failed: int, waiting: int) -> None:
     wait_for("room for com.z", lambda: master.pull("shop-2")[0]["app_id"] == "com.z")
     master.call("POST", "/limits/app/open", {})
     master.call("PUT", "/devices/shop-1/status", {"status": "draining"})
-    assert master.api("POST", "/devices/shop-1/revoke", {}).json()["code"] == "no_token"
+    master.call("POST", "/devices/shop-1/revoke", {})
 
 
 def ask(master: Master) -> None:

@@ -287,7 +287,7 @@ def test_a_task_comes_as_json_has_it(fleet: Fleet) -> None:
 
 
 def test_a_lease_or_a_token_never_comes_out(filled: Fleet) -> None:
-    filled.connection.execute("UPDATE af_device SET token_hash = 'secret-token', boot_id = 'secret-boot'")
+    filled.connection.execute("UPDATE af_device SET revoked_by = 'secret-revoker', boot_id = 'secret-boot'")
     lease = filled.connection.execute("SELECT lease_id FROM af_task_assignment WHERE task_id = 1").fetchone()[0]
     answers = [
         filled.reads.task(1),

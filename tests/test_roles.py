@@ -17,9 +17,9 @@ from farm import ROOT, Master, farm
 import access
 import api
 import openapi
-from web import WRITING
+from web import UNTOLD, WRITING
 
-KEY = "a-configured-key-0123456789"
+KEY = "the-key-of-the-configuration"
 NAMES = {"device_id": "nobody", "task_id": "999999", "artifact_id": "999999", "name": "nothing", "file": "app.js",
          "lane_id": "999999", "task_type": "nothing", "key_id": "999999"}  # fmt: skip
 """What a path names: nothing that is there, so that the routes that an admin may use change little."""
@@ -94,7 +94,7 @@ def test_every_cell_of_the_table_is_what_a_master_answers(master: Master, keys: 
 def test_a_program_that_changes_something_is_in_the_audit_log_by_its_routes_name(
     master: Master, keys: dict[str, str]
 ) -> None:
-    """But for what devices say, and for submissions, which carry who they are from."""
+    """But for what devices say, for submissions, which carry who they are from, and for logins, which are counted."""
     for prefix, operation, _ in ROUTES:
         if operation.method in WRITING:
             ask(master, prefix, operation, keys["admin"])
@@ -108,7 +108,7 @@ def test_a_program_that_changes_something_is_in_the_audit_log_by_its_routes_name
     expected = {
         handler
         for _, operation, handler in ROUTES
-        if operation.method in WRITING and access.DEVICE not in operation.role and operation.path != "/tasks"
+        if operation.method in WRITING and access.DEVICE not in operation.role and operation.path not in UNTOLD
     }
     assert len(expected) > 20
     assert {entry["action"] for entry in found} - {"refused"} == expected
@@ -137,6 +137,21 @@ def test_a_browser_may_do_what_its_key_may(master: Master, keys: dict[str, str],
     body = {"strategy": "least_tasks"}
     changed = browser.put(f"{url}/strategy", json=body, headers=ours, timeout=60).status_code
     assert changed == (200 if role in ("operator", "admin") else 403)
+
+
+def test_what_is_for_devices_takes_no_session(master: Master, keys: dict[str, str]) -> None:
+    """A page could take tasks away, and a browser would never run them."""
+    browser, url, ours = requests.Session(), f"{master.url}/api/distribution", {"Origin": master.url}
+    assert browser.post(f"{url}/login", json={"key": keys["admin"]}, headers=ours, timeout=60).status_code == 204
+    answers = [
+        browser.get(f"{url}/tasks/pull?device_id=shop-1", timeout=60),
+        browser.post(f"{url}/tasks/report", json={}, headers=ours, timeout=60),
+        browser.post(f"{url}/devices/register", json={}, headers=ours, timeout=60),
+        browser.put(f"{url}/tasks/1/status", json={"status": "running", "lease_id": "x"}, headers=ours, timeout=60),
+    ]
+    assert [(answer.status_code, answer.json()["code"]) for answer in answers] == [(403, "forbidden")] * 4
+    cancelled = browser.put(f"{url}/tasks/999999/status", json={"status": "cancelled"}, headers=ours, timeout=60)
+    assert cancelled.json()["code"] == "unknown_task"
 
 
 @pytest.mark.parametrize("role", [access.ENROLL, access.DEVICE])

@@ -421,6 +421,15 @@ def test_show_config_says_value_unit_and_source_and_never_the_key(
     assert lines["api_key"].startswith("(hidden)")
 
 
+def test_show_config_into_a_pipe_that_nobody_reads_is_no_traceback() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, str(ROOT / "worker.py"), "--show-config", "--device-id", "a"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (ExitCode.OK, "")
+
+
 def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended(capsys, "worker", ["--version"])[:2] == (0, f"af-distribution {settings.VERSION}\n")
 

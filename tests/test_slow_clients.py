@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from farm import ROOT, Master, Program, farm, wait_for
 
 import connections
 from connections import Body, Connections, Crowded, Export, Open
+from settings import Settings
 
 KEY = "a-key-of-a-test-that-nobody-else-knows"
 MANY = 1500
@@ -61,11 +63,13 @@ def room_for_many_connections() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def clients(master: Master, count: int, sent: bytes) -> Iterator[list[socket.socket]]:
+def clients(master: Master, count: int, sent: bytes, *addresses: str) -> Iterator[list[socket.socket]]:
+    """`addresses`: whose they are, in turns."""
     with contextlib.ExitStack() as stack:
         found = []
-        for _ in range(count):
-            client = stack.enter_context(socket.create_connection(("127.0.0.1", master.port), PATIENCE))
+        for number in range(count):
+            source = (addresses[number % len(addresses)], 0) if addresses else None
+            client = stack.enter_context(socket.create_connection(("127.0.0.1", master.port), PATIENCE, source))
             if sent:
                 client.sendall(sent)
             found.append(client)
@@ -147,9 +151,18 @@ def test_a_wrong_key_is_answered_before_any_byte_of_the_body(locked: Master, pat
     assert b"application/problem+json" in received
 
 
-def test_a_body_that_is_too_large_is_answered_before_any_byte_of_it(locked: Master) -> None:
-    with clients(locked, 1, f"{TASKS}{WITH_KEY}Content-Length: 104857600\r\n\r\n".encode()) as [client]:
+@pytest.mark.parametrize(
+    ("path", "length"),
+    [("tasks", 8 << 20), ("tasks/report", 8 << 20), ("devices/x/heartbeat", 2 << 20), ("devices/register", 2 << 20),
+     ("limits/x/open", 256 << 10), ("devices/x/revoke", 256 << 10), ("login", 4 << 10)],
+)  # fmt: skip
+def test_a_body_that_is_too_large_is_answered_before_any_byte_of_it(locked: Master, path: str, length: int) -> None:
+    """How much that is, depends on what a route takes."""
+    head = TASKS.replace("/tasks ", f"/{path} ") + WITH_KEY
+    with clients(locked, 1, f"{head}Content-Length: {length + 1}\r\n\r\n".encode()) as [client]:
         assert answer(client).startswith(b"HTTP/1.1 413 ")
+    fitting = locked.api("POST", f"/{path}", data=b"[" * length, headers={"Content-Type": "application/json"})
+    assert fitting.status_code in (400, 404, 422) and fitting.json()["code"] != "too_large", fitting.text
 
 
 def readable(waiting: list[socket.socket]) -> list[socket.socket]:
@@ -174,12 +187,36 @@ def test_slow_bodies_beyond_their_places_are_refused_and_everybody_else_is_answe
 
 
 def test_slow_bodies_without_a_key_have_few_places_of_their_own(locked: Master) -> None:
-    places = connections.BODIES_WITHOUT_KEY // 2
-    login = TASKS.replace("/tasks ", "/login ") + "Content-Length: 1000\r\n\r\n{"
-    with clients(locked, 300, login.encode()) as slow:
+    places = 2 * connections.BODIES_WITHOUT_KEY_OF_AN_ADDRESS
+    login = TASKS.replace("/tasks ", "/login ")
+    begun = f"{login}Content-Length: 1000\r\n\r\n{{".encode()
+    with clients(locked, 300, begun, "127.0.0.1", "127.0.0.2") as slow:
         wait_for("the refusals", lambda: len(readable(slow)) >= 300 - places)
         assert locked.submit_one("slow"), "who has a key does not wait for those who have none"
+        entering = f'{login}Connection: close\r\nContent-Length: {len(KEY) + 10}\r\n\r\n{{"key":"{KEY}"}}'
+        with clients(locked, 1, entering.encode(), "127.0.0.3") as [other]:
+            assert answer(other).startswith(b"HTTP/1.1 204 "), "nor does who comes from a third address"
         assert len(readable(slow)) == 300 - places
+
+
+def test_the_bodies_of_one_device_leave_places_for_all_others_and_end_with_its_token(locked: Master) -> None:
+    token = locked.register("thief", wants_token=True)["token"]
+    beat = b'{"boot_id":"boot-1","seq":1}'
+    head = TASKS.replace("/tasks ", "/devices/thief/heartbeat ") + f"Authorization: Bearer {token}\r\n"
+    begun = f"{head}Content-Length: {len(beat)}\r\n\r\n".encode() + beat[:1]
+    count, places = 40, connections.BODIES_OF_A_DEVICE
+    with clients(locked, count, begun, "127.0.0.1", "127.0.0.2") as slow:
+        wait_for("the refusals", lambda: len(readable(slow)) >= count - places)
+        assert len(readable(slow)) == count - places
+        locked.register("honest")
+        locked.beat("honest")
+        refused = readable(slow)
+        locked.call("POST", "/devices/thief/revoke", {})
+        for client in slow:
+            if client not in refused:
+                client.sendall(beat[1:])
+                received = client.recv(65536)
+                assert received.startswith(b"HTTP/1.1 401 ") and b'"key_revoked"' in received, received
 
 
 @pytest.mark.slow
@@ -194,7 +231,7 @@ def test_1500_slow_bodies_leave_it_answering(locked: Master, seconds: float) -> 
 
 
 def test_an_overdue_body_ends_with_its_connection_silent_or_dripping(tmp_path: Path, programs: list[Program]) -> None:
-    patch = "connections.BODY_SECONDS = connections.BODY_SECONDS_WITHOUT_KEY = 1.0"
+    patch = "connections.PIECE_SECONDS = 1.0"
     master = Patched(tmp_path, patch, api_key=KEY)
     programs.append(master)
     login = TASKS.replace("/tasks ", "/login ")
@@ -208,6 +245,20 @@ def test_an_overdue_body_ends_with_its_connection_silent_or_dripping(tmp_path: P
         # What is left to say to them is said to nobody: the connection is over.
         assert [answer(silent), answer(unknown)] == [b"", b""]
     assert master.submit_one("slow") and "did not come within" in master.output
+
+
+def test_the_streams_of_one_viewer_leave_some_for_an_admin(locked: Master) -> None:
+    viewer = locked.call("POST", "/keys", {"role": "viewer", "name": "watcher"})["key"]
+    fifth = Settings().max_event_streams // 5
+
+    def watch(key: str) -> requests.Response:
+        headers = {"Authorization": f"Bearer {key}"}
+        url = f"{locked.url}/api/distribution/events"
+        return stack.enter_context(requests.get(url, headers=headers, stream=True, timeout=PATIENCE))
+
+    with contextlib.ExitStack() as stack:
+        assert [watch(viewer).status_code for _ in range(fifth + 2)] == [200] * fifth + [503] * 2
+        assert watch(KEY).status_code == 200
 
 
 # ---- the rules, with sockets of this process
@@ -233,56 +284,66 @@ class Stalled:
         return b""
 
 
-def test_one_address_has_half_of_the_places_and_whoever_has_no_key_has_others() -> None:
-    rules, stream = Connections(1000, clock=Clock()), Stalled()
+def with_key(client: str, key_id: int = 0, *, is_device: bool = False, is_operator: bool = False) -> dict[str, int]:
+    return connections.shares_with_key(client, key_id, is_device=is_device, is_operator=is_operator)
 
-    def begin(count: int, client: str, *, has_key: bool = True) -> int:
+
+def test_one_address_and_one_key_have_few_of_the_places_and_whoever_has_no_key_has_others() -> None:
+    places = connections.Shares()
+
+    def begin(count: int, shares: dict[str, int]) -> int:
         """How many of them found a place."""
-        refused = threading.Semaphore(0)
+        found = [shares for _ in range(count) if places.take(shares)]
+        taken.extend(found)
+        return len(found)
 
-        def read() -> None:
-            body = Body(stream, rules, client=client, peer=client, length=10, has_key=has_key)
-            try:
-                body.read(10)
-            except Crowded:
-                refused.release()
-                stream.begun.release()
-
-        threads.extend(threading.Thread(target=read) for _ in range(count))
-        for thread in threads[-count:]:
-            thread.start()
-        for _ in range(count):
-            assert stream.begun.acquire(timeout=PATIENCE)
-        return count - sum(refused.acquire(blocking=False) for _ in range(count))
-
-    threads: list[threading.Thread] = []
-    half = connections.BODIES_AT_ONCE // 2
-    assert begin(half + 5, "192.0.2.1") == half
-    assert begin(3, "192.0.2.1", has_key=False) == 3
-    assert begin(half - 1, "2001:db8::1") + begin(5, "2001:db8::2") == half, "a home's network is one address"
-    assert begin(5, "192.0.2.3") == 0, "all are taken"
-    assert begin(connections.BODIES_WITHOUT_KEY, "192.0.2.4", has_key=False) == connections.BODIES_WITHOUT_KEY // 2
-    stream.end.set()
-    for thread in threads:
-        thread.join(PATIENCE)
-    assert begin(half, "192.0.2.1") == half and not rules._waiting
-    for thread in threads:
-        thread.join(PATIENCE)
-    assert +rules._places == {}, "nothing of those that are gone is kept"
+    taken: list[dict[str, int]] = []
+    half, few = connections.BODIES_OF_AN_ADDRESS, connections.BODIES_WITHOUT_KEY_OF_AN_ADDRESS
+    assert begin(half + 5, with_key("192.0.2.1")) == half, "of a fleet with one key"
+    assert begin(few + 5, connections.shares_without_key("192.0.2.1")) == few
+    assert begin(9, with_key("192.0.2.4", 7, is_device=True)) + begin(9, with_key("192.0.2.5", 7, is_device=True)) == 8
+    assert begin(9, with_key("192.0.2.4", 8)) + begin(9, with_key("192.0.2.5", 8)) == 16
+    left = connections.BODIES_AT_ONCE - connections.BODIES_FOR_OPERATORS - half - 8 - 16
+    assert begin(left - 1, with_key("2001:db8::1")) + begin(half, with_key("2001:db8::2")) == left
+    assert begin(5, with_key("192.0.2.3")) == 0, "all are taken"
+    assert begin(99, with_key("192.0.2.1", is_operator=True)) == connections.BODIES_FOR_OPERATORS, "not to an operator"
+    for shares in taken:
+        places.give_back(shares)
+    assert not places.taken, "nothing of those that are gone is kept"
+    assert begin(half, with_key("2001:db8::1")) + begin(5, with_key("2001:db8::2")) == half, "a home is one address"
 
 
 def test_an_export_gives_its_place_back_however_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Export, "_places", threading.BoundedSemaphore(2))
-    whole, left = Export(iter([b"a", b"b"])), Export(iter([b"a", b"b"]))
+    monkeypatch.setattr(connections, "EXPORTS_AT_ONCE", 2)
+    monkeypatch.setattr(connections, "EXPORTS_OF_A_SHARED_KEY", 2)
+    whole, left = Export(iter([b"a", b"b"]), None), Export(iter([b"a", b"b"]), 0)
     with pytest.raises(Crowded, match="again in a moment"):
-        Export(iter([b"a"]))
+        Export(iter([b"a"]), 7)
     assert list(whole) == [b"a", b"b"] and next(left) == b"a"
     for ended in (whole, left):
         ended.close()
         ended.close()
     assert list(left) == []
-    again = [Export(iter([])), Export(iter([]))]  # one of them is never read
+    again = [Export(iter([]), 0), Export(iter([]), 0)]  # one of them is never read
     for one in again:
+        one.close()
+
+
+def test_one_key_has_a_quarter_of_the_exports_and_the_one_that_many_share_the_others() -> None:
+    def begin(count: int, key_id: int | None) -> int:
+        before = len(begun)
+        with contextlib.suppress(Crowded):
+            begun.extend(Export(iter([]), key_id) for _ in range(count))
+        return len(begun) - before
+
+    begun: list[Export] = []
+    quarter = connections.EXPORTS_AT_ONCE // 4
+    assert begin(99, 7) == quarter and begin(99, None) == 3 * quarter and begin(1, 8) == 0
+    for one in begun:
+        one.close()
+    begun.clear()
+    assert begin(99, 0) == 3 * quarter and begin(99, 7) == quarter
+    for one in begun:
         one.close()
 
 
@@ -309,7 +370,14 @@ def are_open(pairs: list[tuple[socket.socket, socket.socket]]) -> list[bool]:
     return [client not in readable([client for client, _ in pairs]) for client, _ in pairs]
 
 
-def test_only_what_was_silent_as_long_as_the_body_is_late_ends(pairs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("piece", "before", "is_revoked"),
+    [(10, 29.5, False), (256 * 1024, 45.5, False), (256 * 1024, 29.5, True)],
+    ids=["small", "a piece of a large one", "of a revoked key"],
+)
+def test_only_what_was_silent_as_long_as_the_body_is_late_ends(
+    pairs: Any, monkeypatch: pytest.MonkeyPatch, piece: int, before: float, is_revoked: bool
+) -> None:
     clock, stream = Clock(), Stalled()
     rules = Connections(1000, clock=clock)
     # Seconds since we sent anything: the late body's, a held pull's, an event stream's; and another address's.
@@ -325,13 +393,18 @@ def test_only_what_was_silent_as_long_as_the_body_is_late_ends(pairs: Any, monke
 
     really_open = connections._open
     monkeypatch.setattr(connections, "_open", seen)
-    body = Body(stream, rules, client="192.168.1.7", peer="127.0.0.1", length=0, has_key=True)
-    reading = threading.Thread(target=body.read, args=(10,))
+    announced = 8 << 20  # and nothing of it comes
+    is_wanted = [True]
+    body = Body(stream, rules, peer="127.0.0.1", length=announced, shares={}, is_wanted=lambda: is_wanted[0])
+    reading = threading.Thread(target=body.read, args=(piece,))
     reading.start()
     assert stream.begun.acquire(timeout=PATIENCE)
-    clock.now += 59.0
+    clock.now += before
     rules.end_overdue()
     assert are_open(pairs) == [True, True, True, True], "it still has time"
+    is_wanted[0] = not is_revoked
+    rules.end_overdue()
+    assert are_open(pairs) == [True, True, True, True], "a pull may be held for as long"
     clock.now += 2.0
     rules.end_overdue()
     assert are_open(pairs) == [False, True, True, True]

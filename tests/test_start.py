@@ -176,6 +176,7 @@ def test_a_signal_stops_the_master_in_order(programs: list[Program], tmp_path: P
     assert sorted(path.name for path in tmp_path.glob("distribution.db*")) == [
         "distribution.db",
         "distribution.db.lock",
+        "distribution.db.sessions",
     ]
     store.check_database(tmp_path / "distribution.db")
     assert "Traceback" not in master.output

@@ -161,7 +161,7 @@ def test_an_upgrade_that_fails_half_way_changes_nothing(tmp_path: Path, monkeypa
 
 def test_a_database_without_its_marker_is_refused(path: Path) -> None:
     change(path, "DELETE FROM af_meta WHERE key = 'instance_id'")
-    assert "damaged" in str(refusal(path))
+    assert "lacks its marker" in str(refusal(path))
 
 
 def test_a_zeroed_header_is_noticed(path: Path) -> None:
@@ -363,6 +363,26 @@ def test_a_backup_does_not_overwrite_with_a_bad_copy_silently(tmp_path: Path) ->
     change(theirs, "CREATE TABLE x (y)")
     with pytest.raises(DatabaseRefused):
         store.backup_database(theirs, tmp_path / "copy.db")
+
+
+def test_nobody_else_can_read_a_copy_while_it_is_made(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Looking(sqlite3.Connection):
+        def backup(self, target: sqlite3.Connection, **options: Any) -> None:
+            modes.append(copy.stat().st_mode & 0o777)
+            super().backup(target, **options)
+
+    modes: list[int] = []
+    copy = path.with_name("copy.db")
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *args, **options: connect(*args, **{"factory": Looking, **options}))
+    before = os.umask(0o022)
+    try:
+        store.backup_database(path, copy)
+        copy.chmod(0o644)  # as an earlier version left one that was cut off
+        store.backup_database(path, copy)
+    finally:
+        os.umask(before)
+    assert modes == [0o600, 0o600]
 
 
 def test_closing_leaves_one_file_and_all_that_was_written(tmp_path: Path) -> None:

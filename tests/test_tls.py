@@ -156,6 +156,7 @@ def test_polls_are_held_and_answered_at_a_stop_over_tls_too(
         ("p521.pem", "p521.key", "make one of RSA, P-256, P-384, Ed25519"),
         ("good.p12", "good.key", "write PEM files"),
         ("good.pem", "good.pem", "write PEM files"),
+        ("good.key", "good.pem", "ssl_certificate and ssl_keyfile are swapped"),
         ("nothing.pem", "good.key", "cannot be read"),
         ("good.pem", "nothing.key", "cannot be read"),
     ],
@@ -223,6 +224,23 @@ def test_a_worker_sends_its_key_to_no_master_that_it_does_not_trust(secure: TlsM
         client.get("/devices", {}, PATIENCE)
 
 
+def test_http_to_a_port_that_wants_tls_is_said_so(secure: TlsMaster) -> None:
+    plain = secure.url.replace("https", "http")
+    with pytest.raises(Unreachable, match="wants TLS; write https://"):
+        MasterClient(Link(plain), Settings(master_url=plain, api_key=KEY)).get("/devices", {}, PATIENCE)
+    with pytest.raises(CommandFailed, match="wants TLS; write https://"):
+        Client(plain, KEY, attempts=1).get("/devices")
+
+
+def test_a_device_whose_ca_file_is_of_no_use_does_not_start(tmp_path: Path) -> None:
+    (tmp_path / "empty.pem").touch()
+    for name, why in (("nothing.pem", "No such file"), ("empty.pem", "holds no certificate")):
+        flags = {"device_id": "shop-1", "ca_file": str(tmp_path / name)}
+        with pytest.raises(SettingsError, match=f"cannot be used .*{why}"):
+            load("worker", flags=flags, environ={})
+        assert load("worker", flags=flags, environ={}, starting=False).ca_file, "the doctor says it in its own words"
+
+
 def test_commands_on_the_masters_machine_know_its_certificate_by_its_file(secure: TlsMaster) -> None:
     ended = status_of(secure._config)
     assert ended.returncode == 0 and f"https://127.0.0.1:{secure.port}" in ended.stdout, ended.stderr
@@ -236,6 +254,71 @@ def test_a_server_with_another_certificate_gets_no_key_from_them(
     config.write_text(f'{{"mode": "master", "port": {secure.port}, "api_key": "{KEY}", {files}}}')
     ended = status_of(config)
     assert ended.returncode == ExitCode.UNREACHABLE and "is not the one in ssl_certificate" in ended.stderr
+
+
+def test_nor_does_one_at_the_end_of_a_proxys_tunnel(
+    secure: TlsMaster, certificates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that only the proxy knows; the tunnel ends at the master, which must have the pinned certificate."""
+    with Tunnels(secure.port) as proxy:
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.port}")
+        monkeypatch.delenv("no_proxy", raising=False)
+        host = "master.example.org"
+        url = f"https://{host}:8000"
+        for name in ("other", "good"):
+            pinned = Settings(mode="master", host=host, api_key=KEY, ssl_certificate=str(certificates / f"{name}.pem"))
+            commands = Client(url, KEY, trust=pinned, attempts=1)
+            device = MasterClient(Link(url), dataclasses.replace(pinned, master_url=url))
+            if name == "good":
+                assert commands.get("/strategy") == device.get("/strategy", {}, PATIENCE)
+            else:
+                with pytest.raises(CommandFailed, match="is not the one in ssl_certificate"):
+                    commands.get("/devices")
+                with pytest.raises(Unreachable):
+                    device.get("/devices", {}, PATIENCE)
+        assert proxy.asked == [f"CONNECT {host}:8000".encode()] * 4
+
+
+class Tunnels:
+    """A proxy that leads everybody to one port of this machine."""
+
+    def __init__(self, leads_to: int) -> None:
+        self._leads_to = leads_to
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.asked: list[bytes] = []
+
+    def __enter__(self) -> Tunnels:
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self._lead, args=(self._listener.accept()[0],), daemon=True).start()
+
+    def _lead(self, client: socket.socket) -> None:
+        with client, socket.create_connection(("127.0.0.1", self._leads_to), PATIENCE) as server_side:
+            head = b""
+            while b"\r\n\r\n" not in head:
+                head += client.recv(65536)
+            self.asked.append(head.partition(b" HTTP/")[0])
+            client.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+            back = threading.Thread(target=_copy, args=(server_side, client), daemon=True)
+            back.start()
+            _copy(client, server_side)
+            back.join(PATIENCE)
+
+
+def _copy(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while part := source.recv(65536):
+            target.sendall(part)
+    with contextlib.suppress(OSError):
+        target.shutdown(socket.SHUT_WR)
 
 
 def status_of(config: Path) -> subprocess.CompletedProcess[str]:

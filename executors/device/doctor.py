@@ -46,6 +46,7 @@ EXECUTORS_SECONDS = 20.0
 SKEW_SECONDS = 30.0
 CERTIFICATE_DAYS = 14
 LARGEST_LOOK_BYTES = 65536
+MAKE_ENROLL_KEY = "make one on the master (python master.py --create-key enroll) and write it into api_key"
 
 Answer = TypeVar("Answer")
 
@@ -231,7 +232,7 @@ class Way:
             return f"it is for other names than {self.host}; write the name that it is for into master_url"
         return (
             f"nobody whom this machine trusts has signed it ({error.verify_message}); if it is your own, name its file"
-            " in ca_file; else somebody on the way reads along (a filter, an antivirus, a login page)"
+            " in ca_file; else somebody on the way reads everything (a filter, an antivirus, a login page)"
         )
 
     def master(self) -> Finding:
@@ -313,6 +314,8 @@ class Way:
                 found = self.key()
                 return found._replace(text=f"the master refuses {shown} ({error.detail}); the api_key: {found.text}")
             advice = "write a key of the master (best an enroll key) into the config file's api_key or AF_API_KEY"
+            if error.code in ("key_expired", "key_revoked"):
+                return Finding(FIX, "key", f"the master refuses {shown} ({error.detail}); {MAKE_ENROLL_KEY}")
             if error.status == 401 or error.code == "host_not_allowed":
                 said = "the master wants a key, and this device has none"
                 said = f"the master refuses {shown}" if error.key else said
@@ -329,13 +332,16 @@ class Way:
     def _key_of_another_role(self) -> Finding:
         """An enroll key may do nothing but register, which happens at the start."""
         try:
-            role = within(2 * CALL_SECONDS, lambda: self.client.get("/session", {}, CALL_SECONDS)).get("role")
+            said = within(2 * CALL_SECONDS, lambda: self.client.get("/session", {}, CALL_SECONDS))
         except (Refused, Busy, Unreachable, TimeoutError):
-            role = None
-        if role == "enroll":
+            said = {}
+        if said.get("role") == "enroll" and said.get("uses_left") == 0:
+            text = f"this enroll key has registered all the devices that it was for; {MAKE_ENROLL_KEY}"
+            return Finding(FIX, "key", text)
+        if said.get("role") == "enroll":
             return Finding(OK, "key", "an enroll key: the first start trades it for a token of this device's own")
-        advice = "a device needs an enroll key: python master.py --create-key enroll"
-        return Finding(FIX, "key", f"the master knows it as a key of the role {role}, but {advice}")
+        advice = f"a device needs an enroll key; {MAKE_ENROLL_KEY}"
+        return Finding(FIX, "key", f"the master knows it as a key of the role {said.get('role')}, but {advice}")
 
     def standing(self) -> Optional[Finding]:
         """What the master thinks of this device, where this key may ask."""

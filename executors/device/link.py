@@ -22,7 +22,7 @@ import requests
 
 from executors.device.credential import Credential
 from executors.device.trust import MasterAdapter, PlainHttp
-from settings import VERSION, Settings, is_loopback
+from settings import TLS_ALERT, VERSION, WANTS_TLS, Settings, is_loopback
 
 log = logging.getLogger("worker")
 
@@ -229,6 +229,8 @@ class MasterClient:
             cause = deeper[0]
         if isinstance(cause, ssl.SSLCertVerificationError):
             return Unreachable(f"its certificate is not trusted here ({cause.verify_message}); --doctor says more")
+        if TLS_ALERT in repr(error):
+            return Unreachable(WANTS_TLS)
         never_stood = any(word in repr(error) for word in ("NewConnection", "ConnectTimeout", "NameResolution"))
         why = str(cause).rsplit(": ", 1)[-1].rpartition("] ")[2]  # "... failed: [Errno 111] Connection refused"
         return Unreachable(why[:200], was_broken=not never_stood)

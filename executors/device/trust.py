@@ -53,6 +53,11 @@ class MasterAdapter(requests.adapters.HTTPAdapter):
             options["assert_fingerprint"] = self._fingerprint
         super().init_poolmanager(*arguments, **options)
 
+    def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
+        if self._fingerprint:
+            options["assert_fingerprint"] = self._fingerprint  # of who ends the tunnel
+        return super().proxy_manager_for(proxy, **options)
+
     def get_connection_with_tls_context(self, request: Any, verify: Any, proxies: Any = None, cert: Any = None) -> Any:
         if self._is_plain and requests.utils.select_proxy(str(request.url), proxies):
             self._check_private(self._host)  # what lies behind a proxy can be told from the address alone

@@ -7,7 +7,7 @@ import { has, number, t } from "../text.js";
 
 const OK = "ok";
 const ACTIONS = {  // name: the view that shows what it was done to
-  refused: "", login: "", logout: "", create_key: "", revoke_key: "", revoke_device: "devices", set_device_status: "devices", rename_device: "devices", delete_device: "devices",
+  refused: "", login: "", create_key: "", revoke_key: "", revoke_device: "devices", set_device_status: "devices", rename_device: "devices", delete_device: "devices",
   act_on_tasks: "", cancel_task: "tasks", requeue_task: "tasks", assign_task: "tasks", pause_batch: "batches", resume_batch: "batches", cancel_batch: "batches", set_limits: "", open_limit: "",
   pause_lane: "", resume_lane: "", pause_type: "", resume_type: "", pause_all: "", resume_all: "", set_strategy: "", make_backup: "",
 };

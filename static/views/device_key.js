@@ -16,7 +16,7 @@ export function DeviceKey({ device }) {
   const { data } = useLive(may("admin") && session().key_needed ? path : null);
   if (!session().key_needed || !may("operator") || (may("admin") && !data)) return null;
   const tokens = data?.keys.filter((key) => !key.revoked_at), [token] = tokens || [];
-  const button = (!tokens || token) && html`<${SureButton} onSure=${() => revoke(device)} sure=${t("revoke_device_sure")}>${t("revoke_device")}</${SureButton}>`;
+  const button = html`<${SureButton} onSure=${() => revoke(device)} sure=${t("revoke_device_sure")}>${t("revoke_device")}</${SureButton}>`;
   return html`<${Section} title=${t("device_key")} aside=${html`<div>${button}${may("admin") && html`<${CurlButton} path=${path} />`}</div>`}><${Card} className="pad stack">
     ${token && html`<${Facts} facts=${[[t("created"), html`<${Moment} at=${token.created_at} />`], [t("made_with"), token.created_by], [t("last_used"), html`<${LastUse} of=${token} />`]]} />`}
     <p class="quiet">${t(tokens && !token ? "device_no_key" : "revoke_device_help")}</p></${Card}></${Section}>`;
