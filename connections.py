@@ -1,4 +1,4 @@
-"""Which connection keeps a thread waiting, and how does it end?
+"""Who is too slow to send or to read, and when is he cut off?
 
 The server knows no limit for a body's time: a client that announces one and sends it slowly, or never, keeps its
 handler's thread in a read for ever, and nothing in Python can end that read. Here stands who reads since when, so that
