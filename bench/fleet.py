@@ -69,12 +69,13 @@ class Connection:
     async def _call(self, method: str, path: str, body: Any) -> tuple[int, dict[str, Any]]:
         if self._writer is None or self._reader is None:
             self._reader, self._writer = await asyncio.open_connection(self._host, self._port)
+        reader, writer = self._reader, self._writer  # close() at the end of a scene forgets them under a call
         content = b"" if body is None else json.dumps(body, separators=(",", ":")).encode()
         head = f"{method} {API}{path} HTTP/1.1\r\nHost: {self._host}:{self._port}\r\nContent-Length: {len(content)}\r\n"
-        self._writer.write(head.encode() + b"Content-Type: application/json\r\n\r\n" + content)
-        answer = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower().split("\r\n")
+        writer.write(head.encode() + b"Content-Type: application/json\r\n\r\n" + content)
+        answer = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower().split("\r\n")
         headers = dict(line.split(": ", 1) for line in answer[1:] if ": " in line)
-        document = json.loads(await self._reader.readexactly(int(headers["content-length"])))
+        document = json.loads(await reader.readexactly(int(headers["content-length"])))
         if headers.get("connection") == "close":
             self.close()
         document.setdefault("retry_after", float(headers.get("retry-after", 5)))
