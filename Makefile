@@ -39,7 +39,7 @@ run: $(VENV)/.stamp-run  ## a master and one worker on this machine: python stan
 # Four processes also on two cores, since many tests wait. Every process that they start would compile all of our files
 # anew where the environment forbids the compiled ones to be kept.
 .PHONY: test
-test: $(VENV)/.stamp-dev  ## all tests but the long ones, some three minutes on two cores
+test: $(VENV)/.stamp-dev  ## all tests but the long ones, some four minutes on two cores
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder -m "not slow" $(ARGS)
 
 .PHONY: test-slow
