@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -181,7 +182,7 @@ class SystemHandlers:
     def stream_events(self, call: Call) -> Any:
         last = call.environ.get("HTTP_LAST_EVENT_ID", "")
         after_id = int(last) if re.fullmatch(r"[0-9]{1,18}", last) else None
-        is_in_force = lambda: self.access.is_in_force(call.who)  # noqa: E731 - too long for one line
+        is_in_force = functools.partial(self.access.is_in_force, call.who)
         lines = self.events.stream(after_id, is_in_force, call.who.key_id, hidden=_hidden(call))
         if lines is None:
             text = "Too many event streams are open, of this key or in all: close some, or poll instead."

@@ -220,9 +220,8 @@ class Writer:
 
     def _as_storage_failure(self, error: BaseException) -> BaseException:
         """A failing disk is the storage's fault (503, try again); anything else is the job's own error."""
-        if isinstance(error, sqlite3.IntegrityError | sqlite3.ProgrammingError):
-            return error
-        if not isinstance(error, sqlite3.DatabaseError):
+        is_ours = isinstance(error, sqlite3.IntegrityError | sqlite3.ProgrammingError)
+        if is_ours or not isinstance(error, sqlite3.DatabaseError):
             return error
         retry_after = self.storage.fails(error)
         text = f"the database cannot take writes now ({error}); nothing was changed"
